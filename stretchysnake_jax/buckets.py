@@ -1,0 +1,228 @@
+"""Buckets: the spatio-temporal scales a run trains on, and the schedule step -> bucket.
+
+The five variants of flexible training are those of the StretchySnake paper (arXiv 2510.16209, and
+its released code for the sets): `temporal`, `spatial`, `flexivit`, `flex_all` and `static_tokens`,
+which is StretchySnake; `vanilla` trains on one scale. All scales of a batch are one bucket, hence
+one compiled step. The schedule is a pure function of (seed, step), so every host computes it alone.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from stretchysnake_jax.config import ConfigError, ModelConfig, StretchConfig
+
+# The paper's sets for a base patch of 16 and a base size of 224 pixels.
+PAPER_SIZES = {
+    "spatial": (96, 128, 224, 384),
+    "flex_all": (96, 128, 224, 384),
+    "static_tokens": (98, 126, 224, 392),
+}
+PAPER_PATCHES = (8, 10, 12, 15, 16, 20, 24, 30, 40, 48)
+MAX_GRID = 24  # of flex_all: the release leaves out finer grids to fit its GPU
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Bucket:
+    """One spatio-temporal scale.
+
+    Attributes:
+      frames: frames of a clip.
+      height, width: pixels.
+      patch: (height, width) of a patch, pixels.
+    """
+
+    frames: int
+    height: int
+    width: int
+    patch: tuple[int, int]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches; pixels beyond the last whole patch are dropped."""
+        return self.height // self.patch[0], self.width // self.patch[1]
+
+    def tokens(self, tubelet: int = 1) -> int:
+        """Length of the token sequence, the class token included."""
+        rows, columns = self.grid
+        return 1 + self.frames // tubelet * rows * columns
+
+    def __str__(self):
+        patch = "x".join(str(p) for p in dict.fromkeys(self.patch))
+        return f"{self.frames}x{self.height}x{self.width}/{patch}"
+
+
+def static_patch(size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+    """The patch of `static_tokens`, floor(size / grid) on each axis (the paper's p = H // 14).
+
+    Args:
+      size: (height, width) in pixels.
+      grid: (rows, columns) that must come out.
+
+    Raises:
+      ConfigError: the grid would be another one; names the nearest valid sizes.
+    """
+    patch = []
+    for axis, length, cells in zip(("height", "width"), size, grid, strict=True):
+        p = length // cells
+        if p < 1 or length // p != cells:
+            valid = _nearest_static(length, cells)
+            raise ConfigError(
+                f"{axis} {length} gives static_tokens no grid of {cells}: "
+                f"the nearest valid sizes are {' and '.join(map(str, valid))}"
+            )
+        patch.append(p)
+    return tuple(patch)
+
+
+def _nearest_static(length: int, cells: int) -> list[int]:
+    valid = [n for n in range(cells, 2 * length + 2 * cells) if n // (n // cells) == cells]
+    below = [n for n in valid if n < length][-1:]
+    return below + [n for n in valid if n > length][:1]
+
+
+def test_patch(variant: str, size: tuple[int, int], model: ModelConfig) -> tuple[int, int]:
+    """The patch a variant is evaluated with at `size`.
+
+    static_tokens: floor(H / grid), which must give the base grid. flexivit and flex_all: H / grid
+    to the nearest whole number (the release's table: 96 -> 7, 112 -> 8, 192 -> 14, 448 -> 32, ...).
+    The others keep the base patch.
+    """
+    if variant == "static_tokens":
+        return static_patch(size, model.grid)
+    if variant in ("flexivit", "flex_all"):
+        return tuple(max(1, round(s / g)) for s, g in zip(size, model.grid, strict=True))
+    return model.patch
+
+
+test_patch.__test__ = False  # the name is the field's; pytest must not collect it
+
+
+def make_bucket(
+    variant: str, frames: int, size: tuple[int, int], model: ModelConfig, patch=None
+) -> Bucket:
+    """The bucket in which a model of `variant` sees clips of `frames` frames and `size` pixels.
+
+    Args:
+      variant: one of `config.VARIANTS`.
+      frames: frames of a clip; a multiple of the tubelet.
+      size: (height, width) in pixels.
+      model: the encoder.
+      patch: (height, width) in pixels, instead of the variant's own.
+
+    Raises:
+      ConfigError: the sizes don't fit together.
+    """
+    if frames < 1 or frames % model.tubelet:
+        fit = max(model.tubelet, frames // model.tubelet * model.tubelet)
+        raise ConfigError(
+            f"{frames} frames don't divide into tubelets of {model.tubelet}: the nearest is {fit}"
+        )
+    patch = tuple(patch) if patch is not None else test_patch(variant, size, model)
+    if min(size) < 1 or size[0] < patch[0] or size[1] < patch[1]:
+        raise ConfigError(
+            f"size {size[0]}x{size[1]} holds no patch of {patch[0]}x{patch[1]} pixels: "
+            f"the smallest size is {patch[0]}x{patch[1]}"
+        )
+    return Bucket(frames, *size, patch)
+
+
+def flex_all_patches(size: int, base_patch: int) -> tuple[int, ...]:
+    """The patches flex_all draws from at `size`: divisors of it.
+
+    The release lists them by hand for a base patch of 16: 96 -> 12, 16, 24, 32, 48; 128 -> 16, 32;
+    224 -> 14, 16, 28, 32; 384 -> 16, 24, 32, 48. The rule that gives exactly these: from 5/8 to 3
+    times the base patch, and a grid of at most 24.
+    """
+    low, high = -(-5 * base_patch // 8), 3 * base_patch
+    return tuple(p for p in range(low, high + 1) if size % p == 0 and size // p <= MAX_GRID)
+
+
+def training_buckets(stretch: StretchConfig, model: ModelConfig) -> list[tuple[Bucket, float]]:
+    """Every bucket a run trains on, with the chance that a step draws it.
+
+    Frame count, size and patch are drawn uniformly and independently, as the release does (section
+    1.2 of the method's specification); for flex_all the patch is drawn from the list of its size.
+
+    Raises:
+      ConfigError: a size that the variant can't use.
+    """
+    variant, base = stretch.variant, model.size
+    frames = stretch.frames
+    if variant == "vanilla":
+        scales = [(base, (model.patch,))]
+        frames = (model.frames,)
+    elif variant == "temporal":
+        scales = [(base, (model.patch,))]
+    elif variant == "flexivit":
+        size = (stretch.flexivit_size, stretch.flexivit_size)
+        scales = [(size, tuple((p, p) for p in stretch.patches or PAPER_PATCHES))]
+    else:
+        scales = []
+        for side in stretch.sizes or PAPER_SIZES[variant]:
+            size = (side, side)
+            if variant == "flex_all":
+                patches = tuple((p, p) for p in flex_all_patches(side, model.patch[0]))
+                if not patches:
+                    raise ConfigError(
+                        f"stretch.sizes holds {side}, which no patch of flex_all divides: "
+                        f"take a multiple of {model.patch[0]}"
+                    )
+            else:
+                patches = (test_patch(variant, size, model),)
+            scales.append((size, patches))
+    found: dict[Bucket, float] = {}
+    for t in frames:
+        for size, patches in scales:
+            for patch in patches:
+                bucket = make_bucket(variant, t, size, model, patch)
+                chance = 1 / len(frames) / len(scales) / len(patches)
+                found[bucket] = found.get(bucket, 0.0) + chance
+    return sorted(found.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The bucket of every step of a run.
+
+    Attributes:
+      buckets: the distinct buckets.
+      which: int32 (steps,), the index of each step's bucket.
+    """
+
+    buckets: tuple[Bucket, ...]
+    which: np.ndarray
+
+    def __getitem__(self, step: int) -> Bucket:
+        return self.buckets[self.which[step]]
+
+    def __len__(self):
+        return len(self.which)
+
+
+def make_schedule(stretch: StretchConfig, model: ModelConfig, steps: int, seed: int) -> Schedule:
+    """Draws the bucket of every step; the same on every host and in every process.
+
+    Each step's draw comes from a counter-based generator, so step k of a run doesn't depend on how
+    many steps there are. With `stretch.short_first` the first share of the steps draws only among
+    the buckets of the smallest frame count.
+
+    Args:
+      stretch, model: the run's configuration.
+      steps: length of the run.
+      seed: of the run.
+    """
+    buckets, chances = zip(*training_buckets(stretch, model), strict=True)
+    draws = np.empty(steps)
+    for step in range(steps):
+        draws[step] = np.random.Generator(np.random.Philox(key=seed, counter=step)).random()
+    which = np.searchsorted(np.cumsum(chances), draws * sum(chances), side="right")
+    which = np.minimum(which, len(buckets) - 1).astype(np.int32)
+    shortest = min(b.frames for b in buckets)
+    among = np.array(
+        [c if b.frames == shortest else 0.0 for b, c in zip(buckets, chances, strict=True)]
+    )
+    early = int(stretch.short_first * steps)
+    short = np.searchsorted(np.cumsum(among), draws[:early] * among.sum(), side="right")
+    which[:early] = np.minimum(short, np.flatnonzero(among)[-1])
+    return Schedule(buckets, which)

@@ -1,0 +1,320 @@
+"""The configuration as nested dataclasses, and `validate()`, which says what is wrong with one.
+
+Nothing heavy is imported here: files under configs/ and loader workers import this module alone.
+"""
+
+import dataclasses
+import difflib
+import json
+import pathlib
+
+VARIANTS = ("vanilla", "temporal", "spatial", "flexivit", "flex_all", "static_tokens")
+METHODS = ("paper", "pi", "area", "bilinear", "nearest", "lanczos3", "none")
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """Shape and initialisation of a VideoMamba encoder; `models.PRESETS` names the published
+    ones."""
+
+    dim: int = 192  # channels of a token
+    depth: int = 24  # blocks
+    state: int = 16  # scan states per channel
+    expand: int = 2  # inner width of a mixer / dim
+    conv_width: int = 4  # taps of the causal convolution
+    dt_rank: int | None = None  # None: ceil(dim / 16)
+    patch: tuple[int, int] = (16, 16)  # base patch, pixels (height, width)
+    tubelet: int = 1  # frames per token
+    frames: int | None = 8  # frames of the base temporal table; None: an image model without one
+    size: tuple[int, int] = (224, 224)  # base input, pixels (height, width)
+    num_classes: int = 400
+    pooling: str = "cls"  # "cls": the first token, as published; "mean": mean over all tokens
+    dt_init: str = (
+        "videomamba"  # "videomamba": bias 0, as released; "mamba": softplus(bias) in 1e-3..0.1
+    )
+    linear_init_std: float | None = 0.02  # of the projections; None: uniform, +-1 / sqrt(inputs)
+    pos_init_std: float = 0.02  # of the spatial table
+    temporal_init_std: float = 0.0  # of the temporal table
+    drop_path: float = 0.0  # rate of the last block; linear from 0 over the depth
+    normalise: str = (
+        "imagenet"  # uint8 input: "imagenet" mean and std, or "clip": by the clip's own
+    )
+
+    @property
+    def inner(self) -> int:
+        """Inner width of a mixer."""
+        return self.expand * self.dim
+
+    @property
+    def rank(self) -> int:
+        """Rank of the step-size projection, ceil(dim / 16) unless set."""
+        return self.dt_rank if self.dt_rank is not None else -(-self.dim // 16)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the base spatial table, in patches."""
+        return self.size[0] // self.patch[0], self.size[1] // self.patch[1]
+
+
+@dataclasses.dataclass
+class StretchConfig:
+    """Which scales a run trains on, and how the weights are fitted to them."""
+
+    variant: str = "static_tokens"  # one of VARIANTS
+    frames: tuple[int, ...] = (8, 16, 32, 64)  # frame counts drawn in training (not by vanilla)
+    sizes: tuple[int, ...] = ()  # square sizes drawn, pixels; (): the variant's own of the paper
+    patches: tuple[int, ...] = ()  # flexivit only: patch sizes drawn; (): those of the paper
+    flexivit_size: int = 240  # the one size flexivit trains at, pixels
+    kernel_method: str = "paper"  # each one of METHODS
+    spatial_method: str = "paper"
+    temporal_method: str = "paper"
+    short_first: float = (
+        0.0  # share of the steps, from the start, that use the smallest frame count
+    )
+
+
+@dataclasses.dataclass
+class StickActionsConfig:
+    """The embedded data set, rendered on first use; off while `path` is empty."""
+
+    path: str = ""
+    train_subjects: int = 30
+    val_subjects: int = 5
+    test_subjects: int = 10
+    takes: int = 4  # clips per subject and class
+    size: int = 128  # pixels
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """List files, frame sampling, transforms and the loader."""
+
+    train: str = ""  # list files, "path label" per line
+    val: str = ""
+    test: str = ""
+    root: str = ""  # joined in front of the paths; "": the folder of the list file
+    stick_actions: StickActionsConfig = dataclasses.field(default_factory=StickActionsConfig)
+    batch_size: int = 8  # clips per step, all hosts together
+    sampling: str = (
+        "sparse"  # "sparse": one frame per segment; "uniform": evenly from first to last
+    )
+    resize: str = "crop"  # "crop": short side, then a square; "squash": straight to (height, width)
+    crop_scale: float = 1.0  # smallest side of a random training crop / the short side
+    flip: float = 0.5  # chance of a horizontal flip in training
+    threads: int = 4  # batches decoded side by side
+    workers: int = 0  # loader processes; 0: threads of this one
+    prefetch: int = 4  # batches kept ready
+    max_unreadable: float = (
+        0.05  # the run stops when more than this share of the clips is unreadable
+    )
+
+
+@dataclasses.dataclass
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = 1e-3  # peak
+    final_learning_rate: float = 1e-6
+    warmup: float = 0.05  # share of all steps
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.05  # not on 1-D parameters, biases, position tables and the class token
+    clip_norm: float | None = None  # of the global gradient norm
+    label_smoothing: float = 0.1
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """Length of a run, precision, and what it writes when."""
+
+    steps: int | None = None  # exactly one of steps and epochs
+    epochs: float | None = None
+    seed: int = 0  # initial weights, data order, scales and drop path all follow from it
+    dtype: str = "float32"  # of the computation; parameters, residual and scan state stay float32
+    init_from: str = ""  # a checkpoint to start from: a workdir, a .pth or a .npz file
+    log_every: int = 10  # steps
+    eval_every: int = 0  # steps between validations; 0: at the end only
+    checkpoint_every: int = 500  # steps
+    keep: int = 3  # newest checkpoints kept, beside the best
+
+
+@dataclasses.dataclass
+class Config:
+    """One experiment."""
+
+    name: str = "stretchysnake"
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    stretch: StretchConfig = dataclasses.field(default_factory=StretchConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+
+class ConfigError(ValueError):
+    """A configuration that can't be run; the message names the field, its value and what it
+    takes."""
+
+
+def nearest(name: str, known) -> str:
+    """The tail of an error message that offers the nearest valid choice.
+
+    Args:
+      name: what was asked for.
+      known: the valid names.
+
+    Returns:
+      A text such as "did you mean 'static_tokens'? it takes: vanilla, temporal, ...".
+    """
+    known = [str(k) for k in known]
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}it takes: {', '.join(known)}"
+
+
+def _choice(field: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{field} is {value!r}: {nearest(value, known)}")
+
+
+def _require(ok: bool, field: str, value, takes: str) -> None:
+    if not ok:
+        raise ConfigError(f"{field} is {value!r}: it takes {takes}")
+
+
+def _pair(field: str, value) -> None:
+    ok = isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, int) for v in value)
+    _require(ok and min(value) >= 1, field, value, "two whole numbers >= 1, (height, width)")
+
+
+def validate_model(model: ModelConfig) -> None:
+    """Raises ConfigError if no encoder can be built from `model`."""
+    for name in ("dim", "depth", "state", "expand", "conv_width", "tubelet", "num_classes"):
+        _require(getattr(model, name) >= 1, f"model.{name}", getattr(model, name), "a number >= 1")
+    _pair("model.patch", model.patch)
+    _pair("model.size", model.size)
+    for axis, size, patch in zip(("height", "width"), model.size, model.patch, strict=True):
+        _require(
+            size % patch == 0,
+            "model.size",
+            model.size,
+            f"a {axis} that is a multiple of the patch, {patch}; the nearest is "
+            f"{max(patch, round(size / patch) * patch)}",
+        )
+    if model.frames is not None:
+        ok = model.frames >= model.tubelet and model.frames % model.tubelet == 0
+        _require(ok, "model.frames", model.frames, f"a multiple of model.tubelet, {model.tubelet}")
+    _choice("model.pooling", model.pooling, ("cls", "mean"))
+    _choice("model.dt_init", model.dt_init, ("videomamba", "mamba"))
+    _choice("model.normalise", model.normalise, ("imagenet", "clip"))
+    _require(0 <= model.drop_path < 1, "model.drop_path", model.drop_path, "a rate from 0 up to 1")
+
+
+def validate(config: Config) -> None:
+    """Raises ConfigError, naming the field, if `config` can't be run."""
+    validate_model(config.model)
+    model, stretch, data, optim, train = (
+        config.model,
+        config.stretch,
+        config.data,
+        config.optim,
+        config.train,
+    )
+    _choice("stretch.variant", stretch.variant, VARIANTS)
+    for name in ("kernel_method", "spatial_method", "temporal_method"):
+        _choice(f"stretch.{name}", getattr(stretch, name), METHODS)
+    for name in ("frames", "sizes", "patches"):
+        value = getattr(stretch, name)
+        ok = isinstance(value, tuple) and all(isinstance(v, int) and v >= 1 for v in value)
+        _require(ok, f"stretch.{name}", value, "a tuple of whole numbers >= 1")
+    _require(len(stretch.frames) > 0, "stretch.frames", stretch.frames, "at least one frame count")
+    for frames in stretch.frames:
+        ok = frames % model.tubelet == 0
+        _require(ok, "stretch.frames", frames, f"multiples of model.tubelet, {model.tubelet}")
+    _require(0 <= stretch.short_first <= 1, "stretch.short_first", stretch.short_first, "0 to 1")
+    _require(model.frames is not None, "model.frames", None, "a frame count: training needs video")
+    _choice("data.sampling", data.sampling, ("sparse", "uniform"))
+    _choice("data.resize", data.resize, ("crop", "squash"))
+    for name in ("batch_size", "threads", "prefetch"):
+        _require(getattr(data, name) >= 1, f"data.{name}", getattr(data, name), "a number >= 1")
+    _require(data.workers >= 0, "data.workers", data.workers, "a number >= 0")
+    _require(0 < data.crop_scale <= 1, "data.crop_scale", data.crop_scale, "above 0, up to 1")
+    _require(0 <= data.flip <= 1, "data.flip", data.flip, "a chance from 0 to 1")
+    _require(0 <= data.max_unreadable <= 1, "data.max_unreadable", data.max_unreadable, "0 to 1")
+    ok = bool(data.train) or bool(data.stick_actions.path)
+    _require(ok, "data.train", data.train, "the path of a list file, 'path label' per line")
+    _require(optim.learning_rate > 0, "optim.learning_rate", optim.learning_rate, "a number > 0")
+    _require(0 <= optim.warmup < 1, "optim.warmup", optim.warmup, "a share of the steps, 0 to 1")
+    ok = 0 <= optim.label_smoothing < 1
+    _require(ok, "optim.label_smoothing", optim.label_smoothing, "from 0 up to 1")
+    ok = (train.steps is None) != (train.epochs is None)
+    both = (train.steps, train.epochs)
+    _require(
+        ok, "(train.steps, train.epochs)", both, "exactly one of the two; set the other to None"
+    )
+    length = train.steps if train.steps is not None else train.epochs
+    _require(length > 0, "train.steps or train.epochs", length, "a number > 0")
+    _choice("train.dtype", train.dtype, ("float32", "bfloat16"))
+    for name in ("log_every", "checkpoint_every", "keep"):
+        _require(getattr(train, name) >= 1, f"train.{name}", getattr(train, name), "a number >= 1")
+
+
+def field_names(config, prefix: str = "") -> list[str]:
+    """Every leaf field of a configuration by its dotted name."""
+    names = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            names += field_names(value, f"{prefix}{field.name}.")
+        else:
+            names.append(prefix + field.name)
+    return names
+
+
+def to_dict(config) -> dict:
+    """A configuration (or a part of one) as plain nested dicts."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls, values: dict, where: str = ""):
+    """The inverse of `to_dict`, from parsed JSON too (lists become tuples).
+
+    Raises:
+      ConfigError: a key that `cls` doesn't have.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    default = cls()
+    made = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(f"unknown field {where}{key}: {nearest(key, fields)}")
+        if dataclasses.is_dataclass(getattr(default, key)):
+            made[key] = from_dict(type(getattr(default, key)), value, f"{where}{key}.")
+        else:
+            made[key] = tuple(value) if isinstance(value, list) else value
+    return cls(**made)
+
+
+def save(config: Config, path) -> None:
+    """Writes `config` as JSON, whole or not at all."""
+    path = pathlib.Path(path)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    part.replace(path)
+
+
+def load(path) -> Config:
+    """Reads what `save` wrote.
+
+    Raises:
+      ConfigError: the file is missing or isn't such a file.
+    """
+    path = pathlib.Path(path)
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"no configuration at {path}: is it the workdir of a run?") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is no JSON file: {error}") from error
+    return from_dict(Config, values)
