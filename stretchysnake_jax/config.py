@@ -121,7 +121,7 @@ class OptimConfig:
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.05  # not on 1-D parameters, biases, position tables and the class token
-    clip_norm: float | None = None  # of the global gradient norm
+    clip_norm: float = 0.0  # largest global gradient norm; 0: off
     label_smoothing: float = 0.1
 
 
@@ -129,13 +129,13 @@ class OptimConfig:
 class TrainConfig:
     """Length of a run, precision, and what it writes when."""
 
-    steps: int | None = None  # exactly one of steps and epochs
-    epochs: float | None = None
+    steps: int = 0  # exactly one of steps and epochs; 0: the other counts
+    epochs: float = 0.0
     seed: int = 0  # initial weights, data order, scales and drop path all follow from it
     dtype: str = "float32"  # of the computation; parameters, residual and scan state stay float32
     init_from: str = ""  # a checkpoint to start from: a workdir, a .pth or a .npz file
     log_every: int = 10  # steps
-    eval_every: int = 0  # steps between validations; 0: at the end only
+    eval_every: int = 0  # steps between validations, at the base scale; 0: at the end only
     checkpoint_every: int = 500  # steps
     keep: int = 3  # newest checkpoints kept, beside the best
 
@@ -248,13 +248,12 @@ def validate(config: Config) -> None:
     _require(0 <= optim.warmup < 1, "optim.warmup", optim.warmup, "a share of the steps, 0 to 1")
     ok = 0 <= optim.label_smoothing < 1
     _require(ok, "optim.label_smoothing", optim.label_smoothing, "from 0 up to 1")
-    ok = (train.steps is None) != (train.epochs is None)
-    both = (train.steps, train.epochs)
-    _require(
-        ok, "(train.steps, train.epochs)", both, "exactly one of the two; set the other to None"
-    )
-    length = train.steps if train.steps is not None else train.epochs
-    _require(length > 0, "train.steps or train.epochs", length, "a number > 0")
+    lengths = (train.steps, train.epochs)
+    ok = min(lengths) == 0 and max(lengths) > 0
+    _require(ok, "(train.steps, train.epochs)", lengths, "one number > 0 and one 0")
+    _require(optim.clip_norm >= 0, "optim.clip_norm", optim.clip_norm, "a norm > 0, or 0 for off")
+    _require(train.seed >= 0, "train.seed", train.seed, "a whole number >= 0")
+    _require(train.eval_every >= 0, "train.eval_every", train.eval_every, "a number >= 0")
     _choice("train.dtype", train.dtype, ("float32", "bfloat16"))
     for name in ("log_every", "checkpoint_every", "keep"):
         _require(getattr(train, name) >= 1, f"train.{name}", getattr(train, name), "a number >= 1")

@@ -171,6 +171,35 @@ def resize_kernel(kernel, patch: tuple[int, int], method: str = "paper"):
     return _resize(kernel, "kernel", method, 2, patch[1])
 
 
+def project_pixels(video, patch: tuple[int, int], base: tuple[int, int], method: str = "paper"):
+    """The adjoint of `resize_kernel`, applied to the video instead of the kernel.
+
+    Resizing a kernel w is linear, so <x, R w> = <R^T x, w> for every patch of pixels x: tokens of
+    the projected video under the base kernel equal those of the video under the resized kernel. The
+    encoder then sees one patch size whatever the resolution, and compiles for it once.
+
+    Args:
+      video: (batch, frames, height, width, 3), normalised; what fills no whole patch is dropped.
+      patch: (height, width) of a patch of the video, pixels.
+      base: (height, width) of the base kernel.
+      method: of the kernel's interpolation.
+
+    Returns:
+      (batch, frames, rows * base height, columns * base width, 3).
+    """
+    b, t, h, w, c = video.shape
+    rows, columns = h // patch[0], w // patch[1]
+    x = video[:, :, : rows * patch[0], : columns * patch[1]]
+    if tuple(patch) == tuple(base):
+        return x
+    x = x.reshape(b, t, rows, patch[0], columns, patch[1], c)
+    for axis, length, target in ((3, patch[0], base[0]), (5, patch[1], base[1])):
+        if length != target:
+            matrix = jnp.asarray(resize_matrix("kernel", method, target, length).T, x.dtype)
+            x = jnp.moveaxis(jnp.tensordot(matrix, x, (1, axis), precision="highest"), 0, axis)
+    return x.reshape(b, t, rows * base[0], columns * base[1], c)
+
+
 def resize_spatial(table, grid: tuple[int, int], method: str = "paper"):
     """Resizes a spatial table (rows, columns, dim) to `grid`; the class token's row isn't in it."""
     return _resize(_resize(table, "spatial", method, 0, grid[0]), "spatial", method, 1, grid[1])

@@ -36,6 +36,6 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    if config.clip_norm is None:
+    if not config.clip_norm:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

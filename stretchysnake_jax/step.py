@@ -1,7 +1,12 @@
 """The training step and the evaluation step: normalise, interpolate, encode, loss, update.
 
 The interpolation is outside the encoder and inside the loss, so gradients reach the base
-parameters. The bucket is a static argument: one compilation per bucket, none when a bucket returns.
+parameters.
+
+Execution plan: the patch kernel isn't resized to the video's patches; the video's patches are
+projected onto the base kernel with the adjoint (`interpolation.project_pixels`), which gives the
+same tokens. A step is then two compiled functions: a small stem per bucket, and a trunk per
+(frames, grid), so static_tokens compiles one trunk per frame count and any resolution reuses it.
 """
 
 import collections
@@ -14,7 +19,7 @@ import optax
 from stretchysnake_jax import models, optim
 from stretchysnake_jax.buckets import Bucket
 from stretchysnake_jax.config import Config, ModelConfig, StretchConfig
-from stretchysnake_jax.interpolation import interpolate
+from stretchysnake_jax.interpolation import interpolate, project_pixels
 
 
 def fit(params: dict, bucket: Bucket, stretch: StretchConfig) -> dict:
@@ -28,6 +33,32 @@ def fit(params: dict, bucket: Bucket, stretch: StretchConfig) -> dict:
         spatial=stretch.spatial_method,
         temporal=stretch.temporal_method,
     )
+
+
+class Stem:
+    """stem(video, bucket) -> (projected video, its bucket): normalises, projects onto base patches.
+
+    Attributes:
+      traces: how often each bucket was traced.
+    """
+
+    def __init__(self, model: ModelConfig, stretch: StretchConfig):
+        self.traces = collections.Counter()
+        self._base = model.patch
+
+        @functools.partial(jax.jit, static_argnums=1)
+        def project(video, bucket):
+            self.traces[bucket] += 1  # runs while tracing only
+            video = models.normalise(video, model.normalise)
+            return project_pixels(video, bucket.patch, model.patch, stretch.kernel_method)
+
+        self._project = project
+
+    def __call__(self, video, bucket: Bucket):
+        """Projects uint8 (B, T, H, W, 3) to float32 (B, T, rows * base, columns * base, 3)."""
+        rows, columns = bucket.grid
+        height, width = rows * self._base[0], columns * self._base[1]
+        return self._project(video, bucket), Bucket(bucket.frames, height, width, self._base)
 
 
 def cross_entropy(logits, labels, smoothing: float):
@@ -47,18 +78,19 @@ class TrainStep:
     """step(state, batch, bucket) -> (state, metrics), compiled once per bucket.
 
     Attributes:
-      traces: how often each bucket was traced; 1 for every bucket that was met.
+      stem: the `Stem`.
+      traces: how often the trunk was traced for each projected bucket; 1 for all that were met.
     """
 
     def __init__(self, config: Config, steps: int):
+        self.stem = Stem(config.model, config.stretch)
         self.traces = collections.Counter()
         apply = models.make_apply(config.model, config.train.dtype)
         optimizer = optim.make_optimizer(config.optim, steps)
         seed = config.train.seed
 
         def loss_fn(params, batch, key, bucket):
-            video = models.normalise(batch["video"], config.model.normalise)
-            logits = apply(fit(params, bucket, config.stretch), video, key)
+            logits = apply(fit(params, bucket, config.stretch), batch["video"], key)
             losses = cross_entropy(logits, batch["label"], config.optim.label_smoothing)
             # Unreadable clips have mask 0: they neither teach nor count.
             clips = jnp.maximum(batch["mask"].sum(), 1.0)
@@ -67,7 +99,7 @@ class TrainStep:
 
         @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
         def train_step(state, batch, bucket):
-            self.traces[bucket] += 1  # runs while tracing only
+            self.traces[bucket] += 1
             key = jax.random.fold_in(jax.random.key(seed), state["step"])
             grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
             (loss, top1), grads = grad_fn(state["params"], batch, key, bucket)
@@ -77,6 +109,11 @@ class TrainStep:
             return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
         self._step = train_step
+
+    @property
+    def compilations(self) -> int:
+        """Compiled functions so far, stems and trunks."""
+        return sum(self.stem.traces.values()) + sum(self.traces.values())
 
     def __call__(self, state, batch: dict, bucket: Bucket):
         """One update.
@@ -89,17 +126,21 @@ class TrainStep:
         Returns:
           (state, metrics): metrics are scalars: loss, top1 (0 to 1) and grad_norm.
         """
-        arrays = {name: batch[name] for name in ("video", "label", "mask")}
+        video, bucket = self.stem(batch["video"], bucket)
+        arrays = {"video": video, "label": batch["label"], "mask": batch["mask"]}
         return self._step(state, arrays, bucket)
 
 
 def make_eval_step(model: ModelConfig, stretch: StretchConfig, dtype: str = "float32"):
     """predict(params, video uint8 (B, T, H, W, 3), bucket) -> logits (B, classes) float32."""
     apply = models.make_apply(model, dtype)
+    stem = Stem(model, stretch)
 
     @functools.partial(jax.jit, static_argnums=2)
-    def eval_step(params, video, bucket):
-        video = models.normalise(video, model.normalise)
+    def trunk(params, video, bucket):
         return apply(fit(params, bucket, stretch), video)
+
+    def eval_step(params, video, bucket):
+        return trunk(params, *stem(video, bucket))
 
     return eval_step

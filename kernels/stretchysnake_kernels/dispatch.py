@@ -1,0 +1,104 @@
+"""What the doors of all ops share: argument checks and the choice of a backend."""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+FLOATS = ("float32", "bfloat16", "float16", "float64")
+
+
+class Unsupported(NotImplementedError):
+    """Raised by a backend before it computes anything: the reason why it cannot take a call."""
+
+
+def check_array(op: str, name: str, value, axes: str, sizes: dict[str, int], dtypes: Sequence[str]):
+    """Returns `value` as a JAX array, or raises one sentence that names the argument.
+
+    Args:
+      op: name of the operation, for the message.
+      name: name of the argument, for the message.
+      value: anything with a shape and a dtype.
+      axes: what each axis means, such as "batch length channels".
+      sizes: the size of each axis known so far; axes met for the first time are added.
+      dtypes: names of the dtypes that this argument may have.
+
+    Raises:
+      TypeError: `value` is not an array, or has another dtype.
+      ValueError: the number of axes, the size of one, or an empty axis.
+    """
+    takes = f"({', '.join(axes.split())})"
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise TypeError(
+            f"{op}: {name} must be an array of shape {takes}, got {type(value).__name__}"
+        )
+    value = jnp.asarray(value)
+    if value.dtype.name not in dtypes:
+        raise TypeError(
+            f"{op}: {name} has dtype {value.dtype.name}, takes {' or '.join(dict.fromkeys(dtypes))}"
+        )
+    known = f"({', '.join(str(sizes.get(axis, axis)) for axis in axes.split())})"
+    wanted = takes if known == takes else f"{takes} = {known}"
+    if value.ndim != len(axes.split()):
+        raise ValueError(f"{op}: {name} has shape {value.shape}, takes {wanted}")
+    for axis, size in zip(axes.split(), value.shape, strict=True):
+        if size != sizes.setdefault(axis, size):
+            raise ValueError(f"{op}: {name} has shape {value.shape}, takes {wanted}")
+        if size == 0:
+            raise ValueError(
+                f"{op}: {name} has shape {value.shape} with an empty {axis} axis, takes {axis} >= 1"
+            )
+    return value
+
+
+def call(
+    op: str,
+    registry: Mapping[str, Callable],
+    default_order: Mapping[str, Sequence[str]],
+    implementation: str | Sequence[str] | None,
+    *args,
+    **kwargs,
+):
+    """Calls the first backend that takes these arguments.
+
+    Args:
+      op: name of the operation, for messages.
+      registry: backend name -> function. A backend that cannot take a call raises `Unsupported`.
+      default_order: platform ("cpu", "gpu", "tpu") -> names tried in order; "cpu" serves unknown
+        platforms.
+      implementation: None for the platform's default order, one name, or names tried in order.
+      *args: passed on.
+      **kwargs: passed on.
+
+    Raises:
+      TypeError: `implementation` is neither None, a string nor a sequence of strings.
+      ValueError: an unknown or empty `implementation`.
+      Unsupported: no backend takes the call; the message holds every tried backend's reason.
+    """
+    if implementation is None:
+        names = default_order.get(jax.default_backend(), default_order["cpu"])
+    elif isinstance(implementation, str):
+        names = (implementation,)
+    elif isinstance(implementation, Sequence) and all(isinstance(n, str) for n in implementation):
+        names = tuple(implementation)
+    else:
+        raise TypeError(
+            f"{op}: implementation must be None, a name or a list of names, got {implementation!r}"
+        )
+    if not names:
+        raise ValueError(f"{op}: implementation is an empty list, takes one of {sorted(registry)}")
+    for name in names:  # a typo late in the list must not hide behind an earlier success
+        if name not in registry:
+            near = difflib.get_close_matches(name, registry, n=1, cutoff=0.0)
+            raise ValueError(
+                f"{op}: unknown implementation {name!r}, takes one of {sorted(registry)}; "
+                f"did you mean {near[0]!r}?"
+            )
+    reasons = []
+    for name in names:
+        try:
+            return registry[name](*args, **kwargs)
+        except Unsupported as reason:
+            reasons.append(f"{name}: {reason}")
+    raise Unsupported(f"{op}: no implementation takes this call ({'; '.join(reasons)})")

@@ -1,0 +1,103 @@
+"""The one door to the selective scan."""
+
+from collections.abc import Sequence
+
+import jax
+
+from stretchysnake_kernels import dispatch
+from stretchysnake_kernels.selective_scan import reference, xla
+
+# A backend takes all arguments by position, the two flags by name, and returns (y, last_state).
+IMPLEMENTATIONS = {
+    "xla": xla.selective_scan,
+    "reference": reference.selective_scan,
+}
+# Tried in this order where the caller names no implementation.
+DEFAULT_ORDER = {
+    "cpu": ("xla", "reference"),
+    "gpu": ("xla", "reference"),
+    "tpu": ("xla", "reference"),
+}
+
+
+def selective_scan(
+    x: jax.Array,
+    delta: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None = None,
+    z: jax.Array | None = None,
+    delta_bias: jax.Array | None = None,
+    *,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    initial_state: jax.Array | None = None,
+    return_last_state: bool = False,
+    implementation: str | Sequence[str] | None = None,
+):
+    """Runs the selective state-space model of Mamba over the tokens, skip and gate included.
+
+    With dt = softplus(delta + delta_bias), per channel, from state h = initial_state:
+      h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t;   y_t = (<h_t, C_t> + D x_t) silu(z_t)
+    (Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
+    algorithm 2, with the Euler step for B that the published code takes.)
+
+    Args:
+      x: (batch, length, channels), float32, bfloat16, float16 or float64.
+      delta: (batch, length, channels), x's dtype; the step size before bias and softplus.
+      A: (channels, state), x's dtype or float32; negative in a stable model.
+      B: (batch, length, state), x's dtype.
+      C: (batch, length, state), x's dtype.
+      D: (channels,), x's dtype or float32; the skip. None: no skip.
+      z: (batch, length, channels), x's dtype; the gate. None: no gate.
+      delta_bias: (channels,), x's dtype or float32. None: no bias.
+      delta_softplus: whether the step size goes through softplus.
+      reverse: walk from the last token to the first. Equal to flipping x, delta, B, C and z along
+        the length, scanning, and flipping y back, without the copies.
+      initial_state: (batch, channels, state), x's dtype or float32. None: zeros.
+      return_last_state: also return the state after the last token walked (with `reverse`, the
+        state after position 0).
+      implementation: None for the platform's default, a name in `IMPLEMENTATIONS`, or a list of
+        names tried in order.
+
+    Returns:
+      y (batch, length, channels) in x's dtype; with `return_last_state` the pair (y, last_state),
+      last_state (batch, channels, state) in float32 (float64 for float64 x). The state is kept in
+      that dtype throughout, whatever x's dtype.
+
+    Raises:
+      TypeError: an argument is no array or has a dtype not listed above.
+      ValueError: a shape that does not fit, an empty axis, or an unknown implementation.
+      dispatch.Unsupported: no tried implementation takes the call; it says why, for each.
+    """
+    op, sizes = "selective_scan", {}
+    x = dispatch.check_array(op, "x", x, "batch length channels", sizes, dispatch.FLOATS)
+    like_x = (x.dtype.name,)
+    weight = (x.dtype.name,) if x.dtype.name == "float64" else (x.dtype.name, "float32")
+
+    def check(name, value, axes, dtypes, optional=False):
+        if optional and value is None:
+            return None
+        return dispatch.check_array(op, name, value, axes, sizes, dtypes)
+
+    delta = check("delta", delta, "batch length channels", like_x)
+    A = check("A", A, "channels state", weight)
+    B = check("B", B, "batch length state", like_x)
+    C = check("C", C, "batch length state", like_x)
+    D = check("D", D, "channels", weight, optional=True)
+    z = check("z", z, "batch length channels", like_x, optional=True)
+    delta_bias = check("delta_bias", delta_bias, "channels", weight, optional=True)
+    initial_state = check(
+        "initial_state", initial_state, "batch channels state", weight, optional=True
+    )
+    y, last_state = dispatch.call(
+        op,
+        IMPLEMENTATIONS,
+        DEFAULT_ORDER,
+        implementation,
+        *(x, delta, A, B, C, D, z, delta_bias, initial_state),
+        delta_softplus=bool(delta_softplus),
+        reverse=bool(reverse),
+    )
+    return (y, last_state) if return_last_state else y

@@ -1,0 +1,172 @@
+"""What a data set gives away without a video model: four baselines for a folder with list files.
+
+A model that is said to see motion should beat all of them. The classifier is always the same
+(kernel ridge regression, its strength chosen on the validation list); the features differ:
+
+* chance: none, the most frequent class of the training list;
+* length: frames, height and width of the clip;
+* frame: gradient histograms of the middle frame;
+* motion: where, how strongly and how often per second the picture changes around the figure.
+"""
+
+import concurrent.futures
+import itertools
+import os
+import pathlib
+
+import cv2
+import numpy as np
+
+from stretchysnake_jax.data.decode import read_clip
+from stretchysnake_jax.data.lists import ClipList, read_list
+
+SIDE = 64  # clips are looked at in this many pixels a side
+NOISE = 15  # grey levels of change that are put down to noise and to the camera
+WINDOW = 32  # frames of the temporal spectrum
+STRENGTHS = tuple(10.0**e for e in range(-4, 3))
+
+
+def run(path, test_list=None) -> dict[str, float]:
+    """Runs the baselines.
+
+    Args:
+      path: a folder with train.txt and val.txt and, unless `test_list` is given, test.txt.
+      test_list: another list file to test on, with the classes of the folder.
+
+    Returns:
+      Accuracy on the test list, 0..1, by the name of the baseline.
+
+    Raises:
+      ListError: a list can't be used.
+      UnreadableVideo: a video gives no frame.
+    """
+    folder = pathlib.Path(path)
+    train = read_list(folder / "train.txt")
+    val = read_list(folder / "val.txt", classes=train.classes)
+    test = read_list(test_list or folder / "test.txt", classes=train.classes)
+    features = [_describe_all(clips) for clips in (train, val, test)]
+    most = np.bincount(train.labels).argmax()
+    results = {"chance": float(np.mean(test.labels == most))}
+    for name in features[0]:
+        x, x_val, x_test = (f[name] for f in features)
+        predict = _fit(x, train.labels, x_val, val.labels, len(train.classes))
+        results[name] = float(np.mean(predict(x_test) == test.labels))
+    return results
+
+
+def _describe_all(clips: ClipList) -> dict[str, np.ndarray]:
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(_describe, clips.paths))
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def _describe(path: str) -> dict[str, np.ndarray]:
+    """The features of one clip, by the name of the baseline."""
+    size = []
+
+    def shrink(frame):
+        size[:] = frame.shape[:2]
+        return cv2.resize(frame, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+
+    frames, count = read_clip(path, np.arange, shrink)
+    grey = frames.mean(-1, dtype=np.float32)  # (n, SIDE, SIDE)
+    return {
+        "length": np.array([count, *size], np.float32),
+        "frame": describe_frame(grey[count // 2]),
+        "motion": describe_motion(grey),
+    }
+
+
+def describe_frame(image: np.ndarray, cells: int = 8, bins: int = 9) -> np.ndarray:
+    """Histograms of gradient directions in cells, normalised with their neighbours.
+
+    Args:
+      image: grey, float32 (h, w); both divisible by `cells`.
+      cells: cells along each side.
+      bins: directions in half a turn.
+
+    Returns:
+      float32 (cells * cells * bins,).
+    """
+    dx, dy = cv2.Sobel(image, cv2.CV_32F, 1, 0), cv2.Sobel(image, cv2.CV_32F, 0, 1)
+    which = (np.arctan2(dy, dx) % np.pi / np.pi * bins).astype(int) % bins
+    votes = np.hypot(dx, dy)[..., None] * (which[..., None] == np.arange(bins))
+    h, w = image.shape
+    grid = votes.reshape(cells, h // cells, cells, w // cells, bins).sum((1, 3))
+    energy = cv2.blur((grid**2).sum(-1), (3, 3))
+    return (grid / np.sqrt(energy + 1e2)[..., None]).ravel().astype(np.float32)
+
+
+def describe_motion(video: np.ndarray) -> np.ndarray:
+    """Maps and temporal spectra of the change between frames, in a box that follows the figure.
+
+    Args:
+      video: grey, float32 (n, h, w).
+
+    Returns:
+      float32 (322,).
+    """
+    if len(video) < 3:
+        video = np.repeat(video, 3, axis=0)
+    change = np.maximum(abs(video[2:] - video[:-2]) - NOISE, 0)  # (n - 2, h, w)
+    # 1. The figure: the smoothed centre of the change, and its size over the whole clip.
+    grid = np.stack(np.mgrid[: video.shape[1], : video.shape[2]], -1).astype(np.float32)  # y, x
+    mass = change.sum((1, 2)) + 1e-3
+    centre = np.einsum("nhw,hwc->nc", change, grid) / mass[:, None]
+    weights = np.stack([mass, mass], -1)
+    smooth = cv2.blur(centre * weights, (1, 9)) / cv2.blur(weights, (1, 9))
+    total = mass.sum()
+    spread = np.sqrt(np.einsum("nhw,hwc->nc", change, grid**2).sum(0) / total
+                     - (centre**2 * mass[:, None]).sum(0) / total).max() + 1  # fmt: skip
+    # 2. Change and picture in that box, 16x16.
+    scale = 16 / (5 * spread)
+    box = np.empty((2, len(change), 16, 16), np.float32)
+    for i, (y, x) in enumerate(smooth):
+        affine = np.array([[scale, 0, 8 - scale * x], [0, scale, 8 - scale * y]])
+        for k, image in enumerate((change[i], video[i + 1])):
+            blurred = cv2.blur(image, (3, 3))
+            box[k, i] = cv2.warpAffine(blurred, affine, (16, 16), borderMode=cv2.BORDER_REPLICATE)
+    moved, seen = box
+    seen = (seen - seen.mean()) / (seen.std() + 1)
+    # 3. Where: mean and deviation over time. How often: power in octaves of frequency, by cell.
+    where = [_pool(moved.mean(0), 8), _pool(moved.std(0), 8), _pool(seen.std(0), 8)]
+    where = [m.ravel() / (np.linalg.norm(m) + 1e-3) for m in where]
+    often = [_spectrum(_pool(seen, 4).reshape(len(seen), -1)), _spectrum(centre / spread)]
+    return np.concatenate([*where, *(np.log(s + 1e-3).ravel() for s in often)]).astype(np.float32)
+
+
+def _pool(image: np.ndarray, cells: int) -> np.ndarray:
+    """Means over cells of the last two axes."""
+    *lead, h, w = image.shape
+    return image.reshape(*lead, cells, h // cells, cells, w // cells).mean((-3, -1))
+
+
+def _spectrum(series: np.ndarray) -> np.ndarray:
+    """(n, c) over time -> (bands, c): power in bands of frequency, mean over windows."""
+    if len(series) < WINDOW:
+        series = np.pad(series, ((0, WINDOW - len(series)), (0, 0)), mode="reflect")
+    starts = np.unique(np.linspace(0, len(series) - WINDOW, 4).astype(int))
+    windows = np.stack([series[s : s + WINDOW] for s in starts])
+    windows = (windows - windows.mean(1, keepdims=True)) * np.hanning(WINDOW)[:, None]
+    power = (abs(np.fft.rfft(windows, axis=1)) ** 2).mean(0)
+    edges = (1, 2, 3, 4, 6, 8, 12, 17)
+    return np.stack([power[a:b].mean(0) for a, b in itertools.pairwise(edges)])
+
+
+def _fit(x, y, x_val, y_val, classes: int):
+    """Kernel ridge regression onto one-hot labels; returns a function features -> labels."""
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    x = (x - mean) / std
+
+    def kernel(a):
+        squares = (a**2).sum(1)[:, None] + (x**2).sum(1) - 2 * a @ x.T
+        return np.exp(-np.maximum(squares, 0) / (2 * x.shape[1]))
+
+    gram, gram_val = kernel(x), kernel((x_val - mean) / std)
+    target = np.eye(classes)[y] - 1 / classes
+    best = (-1.0, None)
+    for strength in STRENGTHS:
+        weights = np.linalg.solve(gram + strength * np.eye(len(x)), target)
+        accuracy = np.mean((gram_val @ weights).argmax(1) == y_val)
+        best = max(best, (accuracy, weights), key=lambda pair: pair[0])
+    return lambda z: (kernel((z - mean) / std) @ best[1]).argmax(1)

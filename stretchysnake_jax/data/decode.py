@@ -1,0 +1,223 @@
+"""Reading chosen frames of a video file with OpenCV.
+
+Only sequential reading is exact for every container (seeking isn't for variable frame rates,
+MPEG-PS and TS), and the frame count of a header is only a hint. So frames are grabbed one after
+the other, only the wanted ones are converted, and a file that ends before its header says is read
+once more with its true count.
+"""
+
+import collections
+import functools
+import os
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+
+MAX_HEADER_COUNT = 10_000_000  # a larger one is nonsense: over four days of video
+# Grabs that may fail in a row before the file counts as ended: behind a damaged frame there are
+# often good ones. At a true end each of them costs microseconds.
+PATIENCE = 8
+# One decoder thread per file: the loader already decodes clips side by side, and damaged files then
+# decode the same way every time. No hardware decoder, for the same answer on every machine.
+_OPEN = [cv2.CAP_PROP_N_THREADS, 1, cv2.CAP_PROP_HW_ACCELERATION, cv2.VIDEO_ACCELERATION_NONE]
+
+
+class UnreadableVideo(Exception):
+    """A file that gives no frames.
+
+    Attributes:
+      path: the file.
+      reason: why, in one sentence that names the way out where there is one.
+    """
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self):
+        return f"{self.path}: {self.reason}"
+
+
+@functools.cache
+def set_up_opencv() -> None:
+    """Prepares OpenCV in this process, once: single-threaded, and silent about damaged files.
+
+    What OpenCV and FFmpeg would print names no file; `UnreadableVideo` does. OPENCV_LOG_LEVEL and
+    OPENCV_FFMPEG_LOGLEVEL, if set, bring the messages back.
+    """
+    cv2.setNumThreads(0)
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # AV_LOG_QUIET
+    if "OPENCV_LOG_LEVEL" not in os.environ:
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
+
+
+def read_clip(
+    path: str | os.PathLike,
+    choose: Callable[[int], np.ndarray],
+    transform: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> tuple[np.ndarray, int]:
+    """Reads the wanted frames of a video.
+
+    Args:
+      path: the file.
+      choose: the indices wanted of a video of n frames: n -> sorted, may repeat, 0..n-1. It is
+        called again if n turns out to be another, so it must be a pure function.
+      transform: applied to every frame read, uint8 (h, w, 3) -> (h', w', 3), before the next one is
+        decoded, so that no two full-size frames are held. It sees the channels in the order BGR.
+
+    Returns:
+      The frames, RGB, uint8 (len(choose(n)), h', w', 3), upright if the file is marked as rotated,
+      and n. n is the header's count, unless the file contradicted it. Should the frame size change
+      in mid-stream, OpenCV scales the frames to the first size.
+
+    Raises:
+      UnreadableVideo: no frame could be decoded.
+    """
+    set_up_opencv()
+    path = os.path.abspath(path)  # "a:b.mp4" would be taken for the address of a protocol
+    _check_file(path)
+    known = None  # the true count, once the header's is found wrong
+    try:
+        while True:
+            with _Capture(path) as capture:
+                count = known or capture.header_count()
+                if count:
+                    frames, true = _read(capture, choose(count), count, transform, not known)
+                    if frames is not None:
+                        return frames, count
+                else:
+                    true = capture.count()
+                if true == 0:
+                    raise UnreadableVideo(path, _no_frames(capture.codec()))
+                known = true
+    except cv2.error as error:
+        reason = f"OpenCV can't read it: {error.err or error}"
+        raise UnreadableVideo(path, " ".join(reason.split())) from error
+
+
+def _read(capture, wanted, count, transform, doubt):
+    """Reads `wanted`: (frames, count), or (None, true count) if `count` turned out wrong."""
+    frames = []
+    repeats = collections.Counter(wanted.tolist())
+    for index in range(int(wanted[-1]) + 1):
+        if not capture.grab():
+            return None, index
+        if index in repeats:
+            frame = capture.retrieve()
+            if frame is None:
+                return None, index
+            frame = frame if transform is None else transform(frame)
+            frames += [cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)] * repeats[index]
+    # A header's count too small to fill the clip may be wrong (concatenated MPEG streams say 1).
+    # Either the file is short, and counting costs little, or it has to be counted.
+    if doubt and count <= len(wanted):
+        true = index + 1 + capture.count()
+        if true != count:
+            return None, true
+    return np.stack(frames), count
+
+
+class _Capture:
+    """A video file while it is read, as a context manager."""
+
+    def __init__(self, path):
+        self._capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, _OPEN)
+        if not self._capture.isOpened():
+            raise UnreadableVideo(path, _why_not_opened(path))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._capture.release()
+
+    def header_count(self) -> int:
+        """The number of frames that the header claims; 0 if that is no plausible number."""
+        claim = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        return int(claim) if 1 <= claim <= MAX_HEADER_COUNT else 0
+
+    def codec(self) -> str:
+        """The four characters that name the codec."""
+        fourcc = int(self._capture.get(cv2.CAP_PROP_FOURCC)) & 0xFFFFFFFF
+        text = fourcc.to_bytes(4, "little").decode("latin-1")
+        return "".join(c if c.isalnum() else "?" for c in text)
+
+    def grab(self) -> bool:
+        """Moves to the next frame that can be decoded; False: there is none."""
+        return any(self._capture.grab() for _ in range(PATIENCE))
+
+    def count(self) -> int:
+        """The number of frames that are left; uses them up."""
+        left = 0
+        while self.grab():
+            left += 1
+        return left
+
+    def retrieve(self):
+        """The frame that was grabbed, BGR; None if it can't be converted."""
+        ok, frame = self._capture.retrieve()
+        return frame if ok else None
+
+
+def _check_file(path) -> None:
+    """Raises UnreadableVideo for whatever isn't a file with something in it."""
+    try:
+        if os.path.isdir(path):
+            raise UnreadableVideo(path, "it is a folder, not a video file")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UnreadableVideo(path, "it is not a regular file")
+        with open(path, "rb") as file:
+            if not file.read(1):
+                raise UnreadableVideo(path, "the file is empty")
+    except FileNotFoundError:
+        raise UnreadableVideo(path, "there is no such file") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UnreadableVideo(path, f"the file can't be opened: {reason}") from error
+
+
+def _why_not_opened(path) -> str:
+    """Says why OpenCV found no video in a file. Only MP4 and QuickTime are looked into."""
+    boxes = _top_boxes(path)
+    if "ftyp" in boxes and "moov" not in boxes:
+        return "the file is cut off (an MP4 without its index): copy or download it again"
+    if "moov" in boxes:
+        start, size = boxes["moov"]
+        with open(path, "rb") as file:
+            file.seek(start)
+            if b"vide" not in file.read(min(size, 1 << 26)):
+                return "it holds no video stream, only sound or data"
+    return "it is not a video that can be decoded: damaged, only sound, or another kind of file"
+
+
+def _top_boxes(path) -> dict[str, tuple[int, int]]:
+    """The top-level boxes of an MP4 file by name: (offset, size). Empty for other files."""
+    boxes: dict[str, tuple[int, int]] = {}
+    end = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = 0
+        while start + 8 <= end and len(boxes) < 64:
+            file.seek(start)
+            head = file.read(16)
+            size = int.from_bytes(head[:4], "big")
+            if size == 1:  # a 64-bit size follows the name
+                size = int.from_bytes(head[8:16], "big")
+            if size == 0:  # up to the end
+                size = end - start
+            if size < 8 or (start == 0 and head[4:8] not in (b"ftyp", b"moov", b"mdat", b"wide")):
+                break
+            boxes.setdefault(head[4:8].decode("latin-1"), (start, size))
+            start += size
+    return boxes
+
+
+def _no_frames(codec: str) -> str:
+    """Says why a file that opened gave no frame."""
+    way_out = "re-encode it: ffmpeg -i IN -c:v libx264 OUT.mp4"
+    if codec.upper() == "AV01":
+        return f"it is AV1 video, which this decoder can't read; {way_out}"
+    return (
+        f"none of its frames (codec {codec}) can be decoded: the file is cut off or damaged, "
+        f"or the codec is one that this decoder can't read; if it plays elsewhere, {way_out}"
+    )

@@ -1,0 +1,203 @@
+"""Accuracy and cost of one model over a grid of frame counts and sizes."""
+
+import csv
+import json
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from stretchysnake_jax import flops
+from stretchysnake_jax.buckets import Bucket, make_bucket, training_buckets
+from stretchysnake_jax.config import Config, StretchConfig
+from stretchysnake_jax.data import pipeline
+from stretchysnake_jax.data.lists import ClipList
+from stretchysnake_jax.step import make_eval_step
+
+COLUMNS = ("frames", "height", "width", "patch", "top1", "top5", "loss", "gflops", "clips_per_s")
+COLUMNS += ("trained",)
+
+
+def evaluate_bucket(
+    eval_step, params, data, clips: ClipList, bucket: Bucket, batch_size: int = 8, on_batch=None
+) -> dict:
+    """Accuracy at one scale: one view per clip, the whole list.
+
+    Args:
+      eval_step: see `step.make_eval_step`.
+      params: base parameters.
+      data: the `DataConfig`, for sampling and transforms.
+      clips: the list.
+      bucket: the scale.
+      batch_size: clips per batch.
+      on_batch: called with the number of clips done after every batch.
+
+    Returns:
+      top1, top5 (shares), loss (mean cross entropy), clips (readable ones), unreadable (a list of
+      (path, reason)), and clips_per_s of the compiled forward pass, reading not counted.
+    """
+    scores, labels, unreadable, times = [], [], [], []
+    with pipeline.eval_batches(data, clips, bucket, batch_size) as batches:
+        for batch in batches:
+            # The first call compiles; it is made twice so that even a single batch is timed.
+            for _ in range(1 if times else 2):
+                start = time.perf_counter()
+                logits = jax.block_until_ready(eval_step(params, batch["video"], bucket))
+            times.append(time.perf_counter() - start)
+            keep = batch["mask"] > 0
+            scores.append(np.asarray(logits, np.float64)[keep])
+            labels.append(batch["label"][keep])
+            unreadable += batch["unreadable"]
+            if on_batch:
+                on_batch(min(len(clips), len(times) * batch_size))
+    scores, labels = np.concatenate(scores), np.concatenate(labels)
+    if not len(labels):
+        first = unreadable[0] if unreadable else ("the list", "it is empty")
+        raise pipeline.TooManyUnreadable(f"no clip could be read; {first[0]}: {first[1]}")
+    rows = np.arange(len(labels))
+    top = scores.max(1, keepdims=True)
+    log_sum = np.log(np.exp(scores - top).sum(1)) + top[:, 0]
+    # A clip's rank counts the classes scored above its own, ties against it.
+    rank = (scores >= scores[rows, labels][:, None]).sum(1)
+    return {
+        "top1": float((rank <= 1).mean()),
+        "top5": float((rank <= 5).mean()),
+        "loss": float((log_sum - scores[rows, labels]).mean()),
+        "clips": len(labels),
+        "unreadable": unreadable,
+        "clips_per_s": batch_size / float(np.median(times)),
+    }
+
+
+def make_cells(config: Config, stretch: StretchConfig, frames, sizes) -> list[Bucket]:
+    """The buckets of a grid, frames outermost.
+
+    Args:
+      config: the run's.
+      stretch: the variant under which the model is evaluated.
+      frames: frame counts.
+      sizes: (height, width) pairs.
+
+    Raises:
+      ConfigError: a cell that the variant can't run; raised before anything is computed.
+    """
+    return [make_bucket(stretch.variant, t, s, config.model) for t in frames for s in sizes]
+
+
+def evaluate_grid(
+    config: Config,
+    params,
+    clips: ClipList,
+    cells: list[Bucket],
+    stretch: StretchConfig,
+    *,
+    batch_size: int = 8,
+    on_cell=None,
+    on_batch=None,
+) -> list[dict]:
+    """Evaluates every cell, the weights interpolated for each.
+
+    Args:
+      config: the run's: model, data, and the buckets it was trained on.
+      params: base parameters.
+      clips: the list.
+      cells: the scales.
+      stretch: the methods of interpolation.
+      batch_size: clips per batch.
+      on_cell: called with all rows so far after every cell.
+      on_batch: called with the number of clips done in all cells so far.
+
+    Returns:
+      A row per cell with the keys of COLUMNS; gflops is the full count of `flops.count`.
+    """
+    trained = {bucket for bucket, _ in training_buckets(config.stretch, config.model)}
+    eval_step = make_eval_step(config.model, stretch, config.train.dtype)
+    rows = []
+    for number, bucket in enumerate(cells):
+        before = number * len(clips)
+
+        def done(n, before=before):
+            if on_batch:
+                on_batch(before + n)
+
+        found = evaluate_bucket(eval_step, params, config.data, clips, bucket, batch_size, done)
+        rows.append(
+            {
+                "frames": bucket.frames,
+                "height": bucket.height,
+                "width": bucket.width,
+                "patch": "x".join(str(p) for p in dict.fromkeys(bucket.patch)),
+                **{k: found[k] for k in ("top1", "top5", "loss", "clips_per_s")},
+                "gflops": flops.count(config.model, bucket)["full"] / 1e9,
+                "trained": bucket in trained,
+                "clips": found["clips"],
+                "unreadable": found["unreadable"],
+            }
+        )
+        if on_cell:
+            on_cell(rows)
+    return rows
+
+
+def write(rows: list[dict], path) -> None:
+    """Writes PATH.csv (with COLUMNS) and PATH.json (everything), each whole or not at all."""
+    path = pathlib.Path(path)
+    part = path.with_name(path.name + ".part")
+    with part.open("w", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        table.writeheader()
+        for row in rows:
+            table.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
+    part.replace(path.with_name(path.name + ".csv"))
+    part.write_text(json.dumps(rows, indent=1) + "\n")
+    part.replace(path.with_name(path.name + ".json"))
+
+
+def mean_top1(rows: list[dict], trained: bool | None = None, among=None) -> float:
+    """Mean accuracy over cells.
+
+    Args:
+      rows: of a grid.
+      trained: only trained (True) or unseen (False) cells.
+      among: only cells whose (frames, height, width) is in it.
+
+    Returns:
+      A share; NaN if no cell is left.
+    """
+    kept = [
+        row["top1"]
+        for row in rows
+        if (trained is None or row["trained"] == trained)
+        and (among is None or (row["frames"], row["height"], row["width"]) in among)
+    ]
+    return float(np.mean(kept)) if kept else float("nan")
+
+
+def table(rows: list[dict], marks=None) -> str:
+    """The grid as text: a line per frame count, a column per size, top-1 in %, * = trained there.
+
+    Args:
+      rows: of a grid.
+      marks: the trained cells, a set of (frames, height, width); the rows' own if None.
+    """
+    sizes = list(dict.fromkeys((r["height"], r["width"]) for r in rows))
+    names = [str(h) if h == w else f"{h}x{w}" for h, w in sizes]
+    lines = ["frames  " + "".join(f"{n:>8}" for n in names)]
+    for frames in dict.fromkeys(r["frames"] for r in rows):
+        line = f"{frames:>6}  "
+        for height, width in sizes:
+            row = next(
+                (
+                    r
+                    for r in rows
+                    if (r["frames"], r["height"], r["width"]) == (frames, height, width)
+                ),
+                None,
+            )
+            key = (frames, height, width)
+            star = row and (row["trained"] if marks is None else key in marks)
+            text = "" if row is None else f"{100 * row['top1']:.1f}{'*' if star else ' '}"
+            line += f"{text:>8}"
+        lines.append(line)
+    return "\n".join(lines)

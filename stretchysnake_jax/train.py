@@ -1,0 +1,306 @@
+"""The training loop. Read `train`: what is trained, where it starts, then step after step.
+
+stretchysnake train --config configs/stick_actions.py --workdir runs/stick
+"""
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import signal
+import sys
+
+import jax
+import numpy as np
+
+from stretchysnake_jax import config as config_lib
+from stretchysnake_jax import models
+from stretchysnake_jax.buckets import make_bucket, make_schedule
+from stretchysnake_jax.checkpoint import Checkpoints
+from stretchysnake_jax.clock import Clock, Progress
+from stretchysnake_jax.config import Config, ConfigError
+from stretchysnake_jax.data import decode, pipeline, stick_actions
+from stretchysnake_jax.data.lists import ClipList, read_list
+from stretchysnake_jax.grid import evaluate_bucket
+from stretchysnake_jax.metrics import MetricsLog
+from stretchysnake_jax.optim import make_schedule as make_learning_rate
+from stretchysnake_jax.step import TrainStep, init_state, make_eval_step
+
+# Fields that may change when a run goes on: they change neither its numbers nor their order.
+FREE = ("data.threads", "data.workers", "data.prefetch", "train.log_every", "train.eval_every")
+FREE += ("train.checkpoint_every", "train.keep", "name")
+
+
+class TrainingError(RuntimeError):
+    """A run that can't go on; the message is for the user."""
+
+    plain = True
+
+
+def prepare(config: Config, progress: Progress) -> tuple[Config, ClipList, ClipList | None]:
+    """Renders the embedded data if the config asks for it, and reads the lists.
+
+    Returns:
+      (config with absolute paths, training clips, validation clips or None).
+    """
+    config_lib.validate(config)
+    decode.set_up_opencv()
+    data = dataclasses.replace(config.data)
+    stick = data.stick_actions
+    if stick.path:
+        make = {k: v for k, v in dataclasses.asdict(stick).items() if k != "path"}
+        clock = Clock(1)
+
+        def show(done, total):
+            clock.total = total
+            clock.advance(done)
+            progress.show(f"rendering {stick.path}: {done}/{total} clips, {clock.left} left")
+
+        stick_actions.make(stick.path, **make, progress=show)
+        progress.close()
+        for split in ("train", "val", "test"):
+            setattr(data, split, str(pathlib.Path(stick.path) / f"{split}.txt"))
+    for name in ("train", "val", "test", "root"):
+        if getattr(data, name):
+            setattr(data, name, str(pathlib.Path(getattr(data, name)).absolute()))
+    config = dataclasses.replace(config, data=data)
+    clips = read_list(data.train, data.root)
+    val = read_list(data.val, data.root, classes=clips.classes) if data.val else None
+    if len(clips.classes) != config.model.num_classes:
+        raise ConfigError(
+            f"model.num_classes is {config.model.num_classes} but {data.train} has "
+            f"{len(clips.classes)} classes: set it to {len(clips.classes)}"
+        )
+    return config, clips, val
+
+
+def claim(workdir: pathlib.Path, config: Config, classes: list[str]) -> None:
+    """Writes the resolved config and the class names, or checks those of a run that goes on.
+
+    Raises:
+      ConfigError: the workdir belongs to a run with another config.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "config.json"
+    if path.exists():
+        old, new = config_lib.load(path), config
+        for name in config_lib.field_names(new):
+            if name not in FREE and _get(old, name) != _get(new, name):
+                raise ConfigError(
+                    f"{workdir} holds a run with another config: {name} is {_get(old, name)!r} "
+                    f"there and {_get(new, name)!r} now; go on with its own or take a new workdir"
+                )
+    (workdir / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
+    config_lib.save(config, path)
+
+
+def _get(config: Config, name: str):
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+class StopOnSignal:
+    """Notes SIGINT and SIGTERM so that the loop can save and leave; a second one kills as usual."""
+
+    def __enter__(self):
+        self.signal = None
+        self._before = {}
+        try:
+            for s in (signal.SIGINT, signal.SIGTERM):
+                self._before[s] = signal.signal(s, self._note)
+        except ValueError:  # not the main thread: whoever runs the loop there handles signals
+            pass
+        return self
+
+    def _note(self, number, frame):
+        self.signal = number
+        signal.signal(number, self._before[number])
+
+    def __exit__(self, *_):
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+
+def train(config: Config, workdir, progress: Progress | None = None) -> int:
+    """Trains, from the beginning or from the newest checkpoint of the workdir.
+
+    Args:
+      config: the experiment.
+      workdir: where config.json, classes.txt, metrics.jsonl and checkpoints/ go.
+      progress: shows the state of things; standard error unless given.
+
+    Returns:
+      0 when all steps are done, 128 + the signal's number when a signal ended the run.
+
+    Raises:
+      ConfigError: the config can't be run.
+      TrainingError: the loss is no longer finite.
+      TooManyUnreadable: more clips are unreadable than `data.max_unreadable` allows.
+    """
+    progress, workdir = progress or Progress(), pathlib.Path(workdir)
+    # 1. What is trained on what. The schedule follows from the config alone.
+    config, clips, val = prepare(config, progress)
+    cfg = config.train
+    steps = cfg.steps or math.ceil(cfg.epochs * len(clips) / config.data.batch_size)
+    schedule = make_schedule(config.stretch, config.model, steps, cfg.seed)
+    train_step = TrainStep(config, steps)
+    claim(workdir, config, clips.classes)
+    # 2. Where it starts: at a checkpoint, at given weights, or at the beginning.
+    checkpoints = Checkpoints(workdir, cfg.keep)
+    state, saved = init_state(config, steps), {}
+    if checkpoints.steps:
+        state, saved = checkpoints.restore(state)
+        progress.say(f"continuing {workdir} at step {int(state['step'])} of {steps}")
+    elif cfg.init_from:
+        state["params"] = initial_params(config, state["params"], progress)
+    start = int(state["step"])
+    clock = Clock(steps, start, saved.get("elapsed", 0.0))
+    tally = pipeline.UnreadableTally(saved.get("unreadable"))
+    learning_rate = make_learning_rate(config.optim, steps)
+    log = MetricsLog(workdir / "metrics.jsonl", start)
+    progress.say(
+        f"{config.name}: {config.stretch.variant}, {models.count(state['params']):,} parameters, "
+        f"{len(clips)} clips, {steps} steps, {len(schedule.buckets)} buckets"
+    )
+
+    def save(metrics=None):
+        done = {"elapsed": clock.elapsed, "unreadable": tally.state()}
+        checkpoints.save(state, done, metrics)
+
+    # 3. Step after step. Metrics are read one step late, so the device never waits for the host.
+    pending, step, waited = None, start, 0.0
+    batches = pipeline.train_batches(config.data, clips, schedule, seed=cfg.seed, start_step=start)
+    with StopOnSignal() as stop, batches:
+        for step in range(start + 1, steps + 1):
+            before = clock.elapsed
+            batch = next(batches)
+            waited = clock.elapsed - before
+            for path, reason in tally.add(batch):
+                progress.say(f"unreadable, left out: {path}: {reason}")
+            tally.check(len(clips), config.data.max_unreadable)
+            bucket = schedule.buckets[batch["bucket"]]
+            state, metrics = train_step(state, batch, bucket)
+            due = step % cfg.checkpoint_every == 0 or step == steps or stop.signal
+            if pending:
+                report(pending, log, progress, clock, cfg.log_every, checkpoints, steps)
+            clock.advance(step)
+            pending = {"step": step, "bucket": str(bucket), **metrics}
+            pending["learning_rate"] = float(learning_rate(step - 1))
+            pending["clips_per_s"] = clock.rate * config.data.batch_size
+            pending |= {"data_wait": waited, "unreadable": tally.count}
+            pending["compiled"] = train_step.compilations
+            validate = step == steps or (cfg.eval_every and step % cfg.eval_every == 0)
+            if due or validate:  # never save or rate what is no longer finite
+                report(pending, log, progress, clock, cfg.log_every, checkpoints, steps, True)
+                pending = None
+            if validate and val and not stop.signal:
+                save(validation(config, state, val, step, log, progress))
+            elif due:
+                save()
+            if stop.signal:
+                break
+    checkpoints.close()
+    log.close()
+    if stop.signal and step < steps:
+        name = signal.Signals(stop.signal).name
+        progress.say(f"{name}: saved step {step} of {steps}; start again to continue")
+        return 128 + stop.signal
+    compiled = train_step.compilations
+    progress.say(f"done: {steps} steps in {workdir}, {compiled} compilations")
+    return 0
+
+
+def report(pending, log, progress, clock, every, checkpoints, steps, force=False) -> None:
+    """Reads a step's metrics, writes them, and stops the run if they aren't finite."""
+    line = {k: v.item() if hasattr(v, "item") else v for k, v in pending.items()}
+    if not (math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])):
+        log.write(line)
+        checkpoints.wait()
+        good = f"step {checkpoints.steps[-1]}" if checkpoints.steps else "none yet"
+        raise TrainingError(
+            f"the loss is {line['loss']}, the gradient norm {line['grad_norm']} at step "
+            f"{line['step']}, bucket {line['bucket']}; last good checkpoint: {good}. "
+            "A smaller optim.learning_rate or optim.clip_norm = 1 often helps"
+        )
+    if line["step"] % every == 0 or line["step"] in (1, steps):
+        log.write(line)
+    progress.show(
+        f"step {line['step']}/{steps}  {line['bucket']:<14} loss {line['loss']:.3f}  "
+        f"top-1 {100 * line['top1']:3.0f} %  {line['clips_per_s']:.1f} clips/s  "
+        f"{clock.left} left",
+        force and line["step"] == steps,
+    )
+
+
+def validation(config: Config, state, val: ClipList, step: int, log, progress) -> dict:
+    """Accuracy on the validation list at the model's base scale."""
+    model = config.model
+    bucket = make_bucket(config.stretch.variant, model.frames, model.size, model)
+    eval_step = make_eval_step(model, config.stretch, config.train.dtype)
+    row = evaluate_bucket(eval_step, state["params"], config.data, val, bucket)
+    found = {"val_top1": row["top1"], "val_top5": row["top5"], "val_loss": row["loss"]}
+    log.write({"step": step, "bucket": str(bucket), **found})
+    progress.say(
+        f"step {step}: validation at {bucket}: top-1 {100 * row['top1']:.1f} %, "
+        f"loss {row['loss']:.3f}, {row['clips']} clips"
+    )
+    return found
+
+
+def initial_params(config: Config, fresh: dict, progress: Progress) -> dict:
+    """The parameters of `train.init_from`, fitted to the config's base scale.
+
+    The head is kept if it has the right number of classes and drawn anew otherwise; everything else
+    must have the same shape after interpolation.
+
+    Raises:
+      ConfigError: a parameter with another shape.
+    """
+    from stretchysnake_jax.model import load
+
+    given = load(config.train.init_from)
+    model = config.model
+    fitted = given.stretch(frames=model.frames, size=model.size, patch=model.patch, method="paper")
+    params = dict(fitted.fitted_params)
+    if params["head"]["bias"].shape != fresh["head"]["bias"].shape:
+        progress.say(
+            f"{config.train.init_from} has {params['head']['bias'].size} classes, the config "
+            f"{model.num_classes}: the head starts anew"
+        )
+        params["head"] = fresh["head"]
+
+    def check(path, new, old):
+        if new.shape != old.shape:
+            raise ConfigError(
+                f"{config.train.init_from}: {jax.tree_util.keystr(path)} has shape {new.shape}, "
+                f"the config's model takes {old.shape}"
+            )
+        return jax.numpy.asarray(np.asarray(new), old.dtype)
+
+    if jax.tree.structure(params) != jax.tree.structure(fresh):
+        raise ConfigError(f"{config.train.init_from} holds another kind of model than the config's")
+    return jax.tree.map_with_path(check, params, fresh)
+
+
+def main(argv: list[str]) -> int:
+    """The command `stretchysnake train`."""
+    from stretchysnake_jax.cli import parse_config
+
+    parser = argparse.ArgumentParser(
+        prog="stretchysnake train",
+        description="Trains a model. The same command in the same workdir continues the run.",
+        epilog="--config.FIELD=VALUE overrides a field, such as --config.train.steps=1000 or "
+        "--config.stretch.variant=flex_all; 'stretchysnake inspect config --config FILE' "
+        "lists all.",
+    )
+    parser.add_argument("--config", metavar="FILE[:ARG]", help="such as configs/stick_actions.py")
+    parser.add_argument("--workdir", required=True, help="where the run's files go")
+    if not argv or "-h" in argv or "--help" in argv:
+        parser.parse_args(["--help"])
+    config, rest = parse_config(argv)
+    return train(config, parser.parse_args(rest).workdir)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
