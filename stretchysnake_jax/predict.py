@@ -1,0 +1,114 @@
+"""The command `stretchysnake predict`: the most likely classes of any video file."""
+
+import argparse
+import json
+import sys
+
+import numpy as np
+
+from stretchysnake_jax import model as model_lib
+from stretchysnake_jax.buckets import Bucket, make_bucket, training_buckets
+from stretchysnake_jax.config import ConfigError, DataConfig
+from stretchysnake_jax.data import decode, sampling, transforms
+from stretchysnake_jax.evaluate import parse_numbers, parse_sizes
+
+
+def nearest_bucket(model: model_lib.Model, height: int, width: int) -> Bucket:
+    """The scale a clip is classified at when none is asked for.
+
+    The trained bucket whose size is nearest to the clip's short side (in octaves), with the most
+    frames; the base scale for a model that no run trained.
+    """
+    if model.run is None:
+        frames = model.config.frames or 1
+        return make_bucket(model.methods.variant, frames, model.config.size, model.config)
+    buckets = [bucket for bucket, _ in training_buckets(model.run.stretch, model.run.model)]
+    side = min(height, width)
+
+    def distance(bucket):
+        away = abs(np.log2(min(bucket.height, bucket.width) / side))
+        base = abs(bucket.patch[0] - model.config.patch[0])
+        return round(float(away), 6), -bucket.frames, base
+
+    return min(buckets, key=distance)
+
+
+def read_video(path, data: DataConfig, choose_bucket) -> tuple[np.ndarray, Bucket]:
+    """Reads a clip at the scale that `choose_bucket(height, width)` gives for its frames' size.
+
+    Returns:
+      (uint8 (frames, height, width, 3), the bucket).
+
+    Raises:
+      UnreadableVideo: with the reason.
+    """
+    seen = {}
+
+    def geometry(frame):
+        bucket = seen.setdefault("bucket", choose_bucket(*frame.shape[:2]))
+        return transforms.eval_geometry(bucket.height, bucket.width, data.resize)(frame)
+
+    # The size decides the bucket and the bucket how many frames: look at the first frame.
+    decode.read_clip(path, lambda n: np.zeros(1, int), geometry)
+    bucket = seen["bucket"]
+    pick = sampling.uniform if data.sampling == "uniform" else sampling.sparse
+    frames, _ = decode.read_clip(path, lambda n: pick(n, bucket.frames), geometry)
+    return frames, bucket
+
+
+def main(argv: list[str]) -> int:
+    """The command `stretchysnake predict`."""
+    parser = argparse.ArgumentParser(
+        prog="stretchysnake predict",
+        description="Classifies video files. A file that can't be read is named with the reason, "
+        "the others are answered, and the exit status is 1.",
+    )
+    parser.add_argument("--workdir", required=True, help="a trained run, a .pth or a .npz file")
+    parser.add_argument("videos", nargs="+", metavar="VIDEO")
+    parser.add_argument("--frames", help="frames of a clip; default: by the nearest trained bucket")
+    parser.add_argument("--size", help="pixels, such as 112 or 112x196; default: likewise")
+    parser.add_argument("--top", type=int, default=5, help="classes named per video (default 5)")
+    parser.add_argument("--checkpoint", default="latest", help="latest (default), best or a step")
+    parser.add_argument("--json", action="store_true", help="one JSON object per video")
+    args = parser.parse_args(argv)
+    if args.top < 1:
+        raise ConfigError(f"--top is {args.top}: it takes a number >= 1")
+    model = model_lib.load(args.workdir, checkpoint=args.checkpoint)
+    data = model.run.data if model.run else DataConfig()
+    names = model.classes or [str(i) for i in range(model.config.num_classes)]
+    frames = parse_numbers(args.frames, "--frames")[0] if args.frames else None
+    size = parse_sizes(args.size, "--size")[0] if args.size else None
+
+    def choose(height, width):
+        near = nearest_bucket(model, height, width)
+        if frames is None and size is None:
+            return near
+        shape = size or (near.height, near.width)
+        return make_bucket(model.methods.variant, frames or near.frames, shape, model.config)
+
+    if frames or size:
+        choose(*model.config.size)  # refuses impossible scales before any video is opened
+    failed = 0
+    for path in args.videos:
+        try:
+            clip, bucket = read_video(path, data, choose)
+        except decode.UnreadableVideo as error:
+            failed += 1
+            if args.json:
+                print(json.dumps({"video": path, "error": error.reason}), flush=True)
+            print(f"{path}: {error.reason}", file=sys.stderr)
+            continue
+        pinned = model.stretch(
+            frames=bucket.frames, size=(bucket.height, bucket.width), patch=bucket.patch
+        )
+        chances = np.asarray(pinned.predict(clip[None])[0])
+        top = np.argsort(-chances, kind="stable")[: args.top]
+        if args.json:
+            found = [{"class": names[i], "probability": round(float(chances[i]), 6)} for i in top]
+            scale = {"frames": bucket.frames, "height": bucket.height, "width": bucket.width}
+            print(json.dumps({"video": path, **scale, "top": found}), flush=True)
+        else:
+            print(f"{path}  ({bucket.frames} frames at {bucket.height}x{bucket.width})")
+            for i in top:
+                print(f"  {100 * chances[i]:5.1f} %  {names[i]}")
+    return 1 if failed else 0

@@ -1,0 +1,145 @@
+"""Variants, patches and the schedule against the tables of the paper and its release."""
+
+import numpy as np
+import pytest
+
+from stretchysnake_jax import buckets, flops, models
+from stretchysnake_jax.config import VARIANTS, ConfigError, ModelConfig, StretchConfig
+
+MIDDLE = models.preset("middle")
+
+
+def sizes_and_patches(variant):
+    found = buckets.training_buckets(StretchConfig(variant=variant), MIDDLE)
+    return {(b.height, b.patch[0]) for b, _ in found}
+
+
+@pytest.mark.parametrize(
+    "variant, expected",
+    [
+        ("vanilla", {(224, 16)}),
+        ("temporal", {(224, 16)}),
+        ("spatial", {(96, 16), (128, 16), (224, 16), (384, 16)}),
+        ("flexivit", {(240, p) for p in (8, 10, 12, 15, 16, 20, 24, 30, 40, 48)}),
+        (
+            "flex_all",
+            {(96, p) for p in (12, 16, 24, 32, 48)}
+            | {(128, p) for p in (16, 32)}
+            | {(224, p) for p in (14, 16, 28, 32)}
+            | {(384, p) for p in (16, 24, 32, 48)},
+        ),
+        ("static_tokens", {(98, 7), (126, 9), (224, 16), (392, 28)}),
+    ],
+)
+def test_variants_have_the_sets_of_the_paper(variant, expected):
+    assert sizes_and_patches(variant) == expected
+    found = buckets.training_buckets(StretchConfig(variant=variant), MIDDLE)
+    frames = {b.frames for b, _ in found}
+    assert frames == ({8} if variant == "vanilla" else {8, 16, 32, 64})
+    assert sum(chance for _, chance in found) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "variant, tokens_per_frame",
+    [("spatial", 218), ("flexivit", 272.6), ("flex_all", 116.8), ("static_tokens", 196)],
+)
+def test_mean_tokens_per_frame(variant, tokens_per_frame):
+    # Section 1.2 of the method's specification measures these on the released sampler.
+    found = buckets.training_buckets(StretchConfig(variant=variant, frames=(8,)), MIDDLE)
+    mean = sum(chance * (b.tokens() - 1) / 8 for b, chance in found)
+    assert mean == pytest.approx(tokens_per_frame, abs=0.06)
+
+
+@pytest.mark.parametrize("size", [98, 112, 126, 128, 192, 224, 288, 384, 392, 448])
+def test_static_tokens_keep_the_grid(size):
+    bucket = buckets.make_bucket("static_tokens", 8, (size, size), MIDDLE)
+    assert bucket.grid == (14, 14) and bucket.patch == (size // 14, size // 14)
+
+
+def test_static_tokens_refuse_another_grid_and_name_the_nearest_sizes():
+    with pytest.raises(ConfigError, match="height 96 .* grid of 14.* 89 and 98"):
+        buckets.make_bucket("static_tokens", 8, (96, 224), MIDDLE)
+    for size in (89, 98):
+        assert buckets.static_patch((size, size), (14, 14))
+
+
+def test_static_tokens_take_rectangles():
+    bucket = buckets.make_bucket("static_tokens", 8, (112, 196), MIDDLE)
+    assert bucket.patch == (8, 14) and bucket.grid == (14, 14)
+
+
+def test_flexible_variants_use_the_test_patches_of_the_release():
+    table = {96: 7, 98: 7, 112: 8, 128: 9, 192: 14, 224: 16, 288: 21, 384: 27, 448: 32}
+    for size, patch in table.items():
+        for variant in ("flexivit", "flex_all"):
+            assert buckets.test_patch(variant, (size, size), MIDDLE) == (patch, patch)
+        assert buckets.test_patch("vanilla", (size, size), MIDDLE) == (16, 16)
+
+
+def test_buckets_refuse_what_does_not_fit():
+    model = models.preset("tiny", tubelet=2)
+    with pytest.raises(ConfigError, match="7 frames .* tubelets of 2.* nearest is 6"):
+        buckets.make_bucket("vanilla", 7, (224, 224), model)
+    with pytest.raises(ConfigError, match="holds no patch of 16x16"):
+        buckets.make_bucket("vanilla", 8, (8, 224), model)
+    with pytest.raises(ConfigError, match="no patch of flex_all divides"):
+        buckets.training_buckets(StretchConfig(variant="flex_all", sizes=(101,)), MIDDLE)
+
+
+def test_schedule_is_a_function_of_seed_and_step():
+    stretch = StretchConfig()
+    long = buckets.make_schedule(stretch, MIDDLE, 300, seed=3)
+    short = buckets.make_schedule(stretch, MIDDLE, 100, seed=3)
+    assert [long[i] for i in range(100)] == [short[i] for i in range(100)]
+    other = buckets.make_schedule(stretch, MIDDLE, 300, seed=4)
+    assert not np.array_equal(long.which, other.which)
+    assert len(long) == 300
+
+
+def test_schedule_draws_every_bucket_about_as_often_as_its_chance():
+    stretch = StretchConfig(variant="flex_all")
+    schedule = buckets.make_schedule(stretch, MIDDLE, 20000, seed=0)
+    chances = dict(buckets.training_buckets(stretch, MIDDLE))
+    counts = np.bincount(schedule.which, minlength=len(chances)) / 20000
+    for bucket, share in zip(schedule.buckets, counts, strict=True):
+        assert share == pytest.approx(chances[bucket], abs=0.006)
+
+
+def test_short_first_begins_with_the_fewest_frames():
+    schedule = buckets.make_schedule(StretchConfig(short_first=0.5), MIDDLE, 400, seed=0)
+    assert {schedule[i].frames for i in range(200)} == {8}
+    assert {schedule[i].height for i in range(200)} == {98, 126, 224, 392}
+    assert {schedule[i].frames for i in range(200, 400)} == {8, 16, 32, 64}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_has_a_schedule(variant):
+    assert len(buckets.make_schedule(StretchConfig(variant=variant), MIDDLE, 10, seed=0)) == 10
+
+
+@pytest.mark.parametrize(
+    "name, frames, size, published, linear, scan",
+    [  # GMACs of a view, from the tables of VideoMamba and of its specification
+        ("tiny", 8, 224, 8.6, 10.3, 4.2),
+        ("small", 8, 224, 33.8, 38.6, 8.3),
+        ("middle", 8, 224, 100.6, 113.1, 16.7),
+        ("middle", 64, 384, 2365, None, None),
+        ("tiny", 16, 288, 28.3, None, None),
+    ],
+)
+def test_operation_counts(name, frames, size, published, linear, scan):
+    bucket = buckets.Bucket(frames, size, size, (16, 16))
+    count = flops.count(models.preset(name), bucket)
+    assert count["published"] / 1e9 == pytest.approx(published, rel=0.006)
+    if linear:
+        assert count["full"] / 1e9 == pytest.approx(linear + scan, rel=0.006)
+
+
+def test_tokens_count_tubelets_and_the_class_token():
+    bucket = buckets.Bucket(8, 224, 112, (16, 16))
+    assert bucket.tokens() == 1 + 8 * 14 * 7 and bucket.tokens(2) == 1 + 4 * 14 * 7
+    assert str(bucket) == "8x224x112/16" and str(buckets.Bucket(1, 4, 8, (2, 4))) == "1x4x8/2x4"
+
+
+def test_the_model_grid_is_that_of_its_size():
+    assert ModelConfig(size=(32, 48)).grid == (2, 3)
