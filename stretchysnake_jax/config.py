@@ -78,10 +78,10 @@ class StickActionsConfig:
     """The embedded data set, rendered on first use; off while `path` is empty."""
 
     path: str = ""
-    train_subjects: int = 30
+    train_subjects: int = 60
     val_subjects: int = 5
     test_subjects: int = 10
-    takes: int = 4  # clips per subject and class
+    takes: int = 2  # clips per subject and class
     size: int = 128  # pixels
     seed: int = 0
 

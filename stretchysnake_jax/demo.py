@@ -18,8 +18,9 @@ import time
 from stretchysnake_jax.clock import Progress, duration
 from stretchysnake_jax.config import Config, ConfigError
 
-FRAMES, SIZES = (3, 4, 8, 16), (28, 42, 56, 84, 112)
+FRAMES, SIZES = (3, 4, 8, 16), (28, 42, 56, 84, 126)
 QUICK_FRAMES, QUICK_SIZES = (2, 4, 6), (28, 42, 56)
+MODELS = ("vanilla", "static_tokens")
 TITLES = {
     "vanilla": "vanilla, patch fixed",
     "static_tokens": "static_tokens",
@@ -47,8 +48,16 @@ def demo_config(variant: str, data: pathlib.Path, quick: bool) -> Config:
     return config
 
 
-def work(config: Config, workdir: pathlib.Path, cores: set[int], runs: list[dict], log) -> None:
-    """The process of one model: trains it, then evaluates it; its words go to the file `log`."""
+def work(config: Config, workdir: pathlib.Path, cores: set[int], runs: list, log, trained) -> None:
+    """The process of one model: trains it, then runs evaluations; its words go to the file `log`.
+
+    Args:
+      config, workdir: of the training run.
+      cores: those this process may use.
+      runs: (name of a model, arguments of `evaluate.run`) each.
+      log: the file.
+      trained: an event by model, set when its training has ended, well or not.
+    """
     if cores:
         os.sched_setaffinity(0, cores)
     from stretchysnake_kernels import configure_cpu
@@ -57,15 +66,20 @@ def work(config: Config, workdir: pathlib.Path, cores: set[int], runs: list[dict
     with pathlib.Path(log).open("a", buffering=1) as stream:
         from stretchysnake_jax import evaluate, train
 
-        progress = Progress(every=1.0, stream=stream)
+        progress, status = Progress(every=1.0, stream=stream), 1
         try:
             status = train.train(config, workdir, progress)
-            for run in runs:
-                if status == 0:
-                    evaluate.run(workdir, progress=progress, **run)
+            trained[config.stretch.variant].set()
+            for model, run in runs if status == 0 else ():
+                if not trained[model].is_set():
+                    progress.say(f"waiting for {model}")
+                    trained[model].wait()
+                evaluate.run(progress=progress, **run)
         except (ConfigError, RuntimeError) as error:
             progress.say(f"error: {error}")
             status = 1
+        finally:
+            trained[config.stretch.variant].set()
     sys.exit(status)
 
 
@@ -90,19 +104,25 @@ def run_all(out: pathlib.Path, quick: bool, progress: Progress) -> int:
     frames = list(QUICK_FRAMES if quick else FRAMES)
     sizes = [(s, s) for s in (QUICK_SIZES if quick else SIZES)]
     grid = {"frames": frames, "sizes": sizes, "batch_size": 20}
-    jobs = {
-        "vanilla": [grid, {**grid, **CONTROL, "name": "control"}],
-        "static_tokens": [grid],
+    vanilla, static = ({**grid, "workdir": out / name} for name in MODELS)
+    # The control goes to the process of static_tokens, whose own grid is the cheaper one.
+    runs = {
+        "vanilla": [("vanilla", vanilla)],
+        "static_tokens": [
+            ("static_tokens", static),
+            ("vanilla", {**vanilla, **CONTROL, "name": "control"}),
+        ],
     }
     spawn = multiprocessing.get_context("spawn")
-    processes, logs = {}, {}
-    for (variant, runs), cores in zip(jobs.items(), share_cores(len(jobs)), strict=True):
-        config = demo_config(variant, out / "data", quick)
-        logs[variant] = out / f"{variant}.log"
-        logs[variant].unlink(missing_ok=True)
-        arguments = (config, out / variant, cores, runs, logs[variant])
-        processes[variant] = spawn.Process(target=work, args=arguments)
-        processes[variant].start()
+    trained = {name: spawn.Event() for name in MODELS}
+    logs = {name: out / f"{name}.log" for name in MODELS}
+    processes = {}
+    for name, cores in zip(MODELS, share_cores(len(MODELS)), strict=True):
+        config = demo_config(name, out / "data", quick)
+        logs[name].unlink(missing_ok=True)
+        arguments = (config, out / name, cores, runs[name], logs[name], trained)
+        processes[name] = spawn.Process(target=work, args=arguments)
+        processes[name].start()
     try:
         while any(p.is_alive() for p in processes.values()):
             time.sleep(0.5)
@@ -172,7 +192,7 @@ def main(argv: list[str]) -> int:
     """The command `stretchysnake demo`."""
     parser = argparse.ArgumentParser(
         prog="stretchysnake demo",
-        description="Renders the embedded data set, trains vanilla and static_tokens on it, evaluates "
+        description="Renders the embedded data set, trains vanilla and static_tokens, evaluates "
         "both at scales never trained on, and says what it shows. About 6 minutes on 2 cores. "
         "Interrupted, the same command continues.",
     )

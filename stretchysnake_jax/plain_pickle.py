@@ -2,8 +2,12 @@
 
 A pickle is a small program: it may name any function of any module and call it. Python's unpickler
 isn't used here. `interpret` walks the opcodes itself, and the only names it knows are those of
-`_BUILDERS`, each of which makes plain data; it refuses any other by name, imports nothing, and looks
+`_BUILDERS`, each of which makes plain data. It refuses any other by name, imports nothing and looks
 nothing up in a module.
+
+Two rules keep a hostile file from filling the memory or the C stack: only scalars are hashed, and
+no value of the file goes into a message before its type is known (a tuple that holds itself fifty
+times over prints without end).
 """
 
 import math
@@ -36,6 +40,7 @@ class Name(str):
 
 
 def dtype_of(name: str) -> np.dtype:
+    """The NumPy dtype that torch calls `name`; ml_dtypes has those that NumPy has not."""
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
@@ -64,6 +69,7 @@ STORAGE_NAMES = {
 
 
 def require(ok: bool, problem: str) -> None:
+    """Raises CheckpointError, saying `problem`, unless `ok`."""
     if not ok:
         raise CheckpointError(problem)
 
@@ -71,9 +77,11 @@ def require(ok: bool, problem: str) -> None:
 def _tensor(storage, offset, size, stride, *_) -> np.ndarray:
     """A read-only view of `storage`, an array (numel,); offset and stride count elements."""
     size, stride = tuple(size), tuple(stride)
-    whole = all(type(n) is int and n >= 0 for n in (offset, *size, *stride))
-    ok = isinstance(storage, np.ndarray) and whole and len(size) == len(stride)
-    require(ok, f"a tensor of size {size}, stride {stride} and offset {offset} makes no sense")
+    ok = isinstance(storage, np.ndarray) and storage.ndim == 1 and storage.flags.c_contiguous
+    require(ok, "a tensor without a storage")
+    ok = len(size) == len(stride) <= 64
+    ok = ok and all(type(n) is int and 0 <= n < 2**48 for n in (offset, *size, *stride))
+    require(ok, "a tensor whose offset, size and stride make no sense")
     dtype, count = storage.dtype, math.prod(size)
     if count == 0:
         return np.zeros(size, dtype)
@@ -87,6 +95,7 @@ def _tensor(storage, offset, size, stride, *_) -> np.ndarray:
 
 
 def _tensor_v3(storage, offset, size, stride, grad, hooks, dtype, *_) -> np.ndarray:
+    require(isinstance(dtype, Name) and dtype in _DTYPES, "a tensor without a dtype")
     dtype = dtype_of(_DTYPES[dtype])
     whole = storage[: storage.size // dtype.itemsize * dtype.itemsize]
     return _tensor(whole.view(dtype), offset, size, stride)
@@ -111,13 +120,31 @@ def _object(*_) -> Record:
     return Record()
 
 
-def _mapping(*arguments) -> dict:
-    return dict(*arguments)
+def _mapping(pairs=()) -> dict:
+    pairs = pairs.items() if isinstance(pairs, dict) else pairs
+    return {_key(key): value for key, value in pairs}
+
+
+def _device(*parts) -> str:
+    require(all(isinstance(part, str | int) for part in parts), "a damaged torch.device")
+    return ":".join(map(str, parts))
+
+
+def _encode(text, coding) -> bytes:
+    # Protocol 2 has no bytes: Python 3 writes them as text to be encoded.
+    require(isinstance(text, str) and coding == "latin1", "bytes in an unknown coding")
+    return text.encode("latin1")
 
 
 def _path(*parts) -> str:
     return str(pathlib.PurePosixPath(*parts))
 
+
+def _windows_path(*parts) -> str:
+    return str(pathlib.PureWindowsPath(*parts))
+
+
+_NAMED_BUILTINS = "object int float str bool list tuple dict"
 
 # Every name a file may ask for -> what makes plain data of the arguments; None: only ever named.
 _BUILDERS = {
@@ -130,21 +157,17 @@ _BUILDERS = {
     "torch.Tensor": None,
     "torch.nn.parameter.Parameter": None,
     "torch.Size": lambda size=(): tuple(size),
-    "torch.device": lambda *parts: ":".join(map(str, parts)),
+    "torch.device": _device,
     "collections.OrderedDict": _mapping,
     "collections.Counter": _mapping,
-    "collections.defaultdict": lambda factory=None, *rest: dict(*rest),
+    "collections.defaultdict": lambda factory=None, *rest: _mapping(*rest),
     "argparse.Namespace": _object,
     "types.SimpleNamespace": _object,
     "copyreg._reconstructor": lambda kind, base, state: _call(kind, ()),
     "numpy.dtype": _numpy_dtype,
     "numpy.ndarray": None,
-    "_codecs.encode": lambda text, coding: text.encode({"latin1": "latin1"}[coding]),
-    **{f"pathlib.{name}": _path for name in ("PosixPath", "PurePosixPath", "Path", "PurePath")},
-    **{f"pathlib.{name}": lambda *p: "\\".join(p) for name in ("WindowsPath", "PureWindowsPath")},
-    **dict.fromkeys(
-        [f"builtins.{name}" for name in "object int float str bool list tuple dict".split()]
-    ),
+    "_codecs.encode": _encode,
+    **dict.fromkeys(f"builtins.{name}" for name in _NAMED_BUILTINS.split()),
     "builtins.set": lambda items=(): {_key(i) for i in items},
     "builtins.frozenset": lambda items=(): frozenset(_key(i) for i in items),
     "builtins.bytes": lambda: b"",
@@ -152,27 +175,32 @@ _BUILDERS = {
     **dict.fromkeys(_DTYPES),
     **dict.fromkeys(STORAGE_NAMES),
 }
+for _pathlib in ("pathlib", "pathlib._local"):  # the second since Python 3.13
+    _BUILDERS[f"{_pathlib}.PosixPath"] = _BUILDERS[f"{_pathlib}.PurePosixPath"] = _path
+    _BUILDERS[f"{_pathlib}.WindowsPath"] = _BUILDERS[f"{_pathlib}.PureWindowsPath"] = _windows_path
 for _multiarray in ("numpy.core.multiarray", "numpy._core.multiarray"):
     _BUILDERS[f"{_multiarray}._reconstruct"] = lambda *_: np.empty(0, np.uint8)
     _BUILDERS[f"{_multiarray}.scalar"] = _numpy_scalar
 
 
 def _name(module, name) -> Name:
+    require(isinstance(module, str) and isinstance(name, str), "its pickle is damaged")
     module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
     if f"{module}.{name}" not in _BUILDERS:
         require(bool(re.fullmatch(r"[\w.<>]+", f"{module}.{name}")), "its pickle is damaged")
         raise UnsafeCheckpoint(
-            f"the file asks for {module}.{name}, which is neither a tensor nor plain data: refused, "
-            "and nothing of it was run"
+            f"the file asks for {module}.{name}, which is neither a tensor nor plain data; it is "
+            "refused, and nothing of it was run"
         )
     return Name(f"{module}.{name}")
 
 
 def _call(name, arguments):
-    """Makes plain data; `name` must have passed `_name` (a string that looks like one is no use)."""
+    """Makes plain data; `name` must come from `_name`, a string that looks like one won't do."""
     builder = _BUILDERS.get(name) if isinstance(name, Name) else None
     if builder is None:
-        raise UnsafeCheckpoint(f"the file calls {str(name)[:80]!r}, which is no known constructor")
+        what = name if isinstance(name, Name) else f"a {type(name).__name__}"
+        raise UnsafeCheckpoint(f"the file calls {what}, which makes no plain data; it is refused")
     return builder(*arguments)
 
 
@@ -195,25 +223,25 @@ def _set_state(target, state) -> None:
         require(state[1] != ">", "a big-endian NumPy array")
     elif isinstance(target, np.ndarray) and isinstance(state, tuple) and len(state) == 5:
         _, shape, dtype, fortran, raw = state
-        whole = isinstance(raw, bytes) and isinstance(shape, tuple)
-        whole = whole and all(type(n) is int and n >= 0 for n in shape)
-        ok = whole and target.base is None and isinstance(dtype, np.dtype)
-        ok = ok and len(raw) == math.prod(shape) * dtype.itemsize
-        require(ok, f"a NumPy array of shape {shape} whose data has another size")
+        ok = isinstance(raw, bytes) and isinstance(shape, tuple) and isinstance(dtype, np.dtype)
+        ok = ok and len(shape) <= 64 and all(type(n) is int and 0 <= n < 2**48 for n in shape)
+        ok = ok and target.base is None and len(raw) == math.prod(shape) * dtype.itemsize
+        require(ok, "a NumPy array whose data has another size")
         target.__setstate__((1, shape, dtype, bool(fortran), raw))
     else:  # attributes of a tensor, or `_metadata` of a state dict
         require(isinstance(target, dict | np.ndarray), f"state for a {type(target).__name__}")
 
 
-_LITERALS = set(
+# Opcodes whose argument is the value they push.
+_LITERALS = (
     "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING "
-    "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8".split()
+    "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8"
 )
-
+_LITERALS = frozenset(_LITERALS.split())
 
 # What a pickle that makes no sense raises on the way.
 _DAMAGE = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError)
-_DAMAGE += (ValueError,)
+_DAMAGE = (*_DAMAGE, ValueError)
 
 
 def interpret(stream, load_storage):

@@ -22,6 +22,11 @@ implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 directions = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 
 
+def compiler_options(implementation):
+    """The tests' time is compilation; the reference is about its numbers, not its machine code."""
+    return {"xla_backend_optimization_level": 0} if implementation == "reference" else None
+
+
 def assert_close(got, want, tolerance=TOLERANCE, name=""):
     """Asserts a largest error below `tolerance` times the largest entry of `want`."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
@@ -48,10 +53,12 @@ def scan_and_gradients(args, cotangents, **options):
 
 @functools.cache  # one jitted function per set of options, so that equal shapes compile once
 def make_scan_and_gradients(options):
-    def scan(args):
-        return selective_scan(**args, return_last_state=True, **dict(options))
+    options = dict(options)
 
-    @jax.jit
+    def scan(args):
+        return selective_scan(**args, return_last_state=True, **options)
+
+    @functools.partial(jax.jit, compiler_options=compiler_options(options["implementation"]))
     def run(args, cotangents):
         outputs, pullback = jax.vjp(scan, args)
         return outputs, pullback(cotangents)[0]
@@ -343,9 +350,9 @@ def test_gradient_memory_grows_with_tokens_only():
         compiled = jax.jit(run).lower(args, cotangents[0]).compile()
         return compiled.memory_analysis().temp_size_in_bytes / args["x"].nbytes
 
-    short, long, wide = temporary(2048, 16), temporary(8192, 16), temporary(8192, 32)
+    short, long, wide = temporary(2048, 4), temporary(8192, 4), temporary(8192, 20)
     assert long < short < 6
-    assert wide < 6  # the state of every token alone would be 32 times x
+    assert wide < 6  # the state of every token alone would be 20 times x
 
 
 # The door

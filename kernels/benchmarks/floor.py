@@ -1,4 +1,4 @@
-"""Builds floor.cpp with the user's compiler and calls it: how fast this CPU can run the scan at all."""
+"""Builds floor.cpp with the user's compiler and calls it: how fast this CPU can run the scan."""
 
 import ctypes
 import functools
@@ -14,9 +14,9 @@ import numpy as np
 
 SOURCE = pathlib.Path(__file__).with_name("floor.cpp")
 FLAGS = (
-    "-O3 -march=native -std=c++17 -shared -fPIC -fno-math-errno -fno-trapping-math "
-    "-ffp-contract=fast -fopenmp"
-).split()
+    *("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+)
 STATES = 16
 CHUNK = 32
 # The order of the C++ functions' inputs and gradients.

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-
 from stretchysnake_kernels import causal_conv1d, selective_scan
 
 

@@ -70,7 +70,7 @@ class Peer:
       needs: the package it comes from, beside torch.
       tokens_last: whether its arguments are (batch, width, length).
       backward: whether its gradient is worth measuring.
-      most_states: numbers of state over all tokens above which one call takes minutes or all memory.
+      longest: tokens per video above which one call takes minutes or gigabytes.
     """
 
     name: str
@@ -78,13 +78,13 @@ class Peer:
     needs: str = "torch"
     tokens_last: bool = False
     backward: bool = True
-    most_states: float = 2e8
+    longest: int = 1 << 20
 
 
 PEERS = (
     Peer("torch loop", loop_scan),
-    Peer("mambapy", mambapy_scan, needs="mambapy", most_states=5e7),
-    Peer("mamba-ssm ref", mamba_ssm_scan, tokens_last=True, backward=False, most_states=1e8),
+    Peer("mambapy", mambapy_scan, needs="mambapy", longest=2048),
+    Peer("mamba-ssm ref", mamba_ssm_scan, tokens_last=True, backward=False, longest=2048),
 )
 
 

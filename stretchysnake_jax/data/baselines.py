@@ -1,12 +1,12 @@
 """What a data set gives away without a video model: four baselines for a folder with list files.
 
-A model that is said to see motion should beat all of them. The classifier is always the same
-(kernel ridge regression, its strength chosen on the validation list); the features differ:
+The classifier is always kernel ridge regression, its strength chosen on the validation list; the
+features differ:
 
-* chance: none, the most frequent class of the training list;
-* length: frames, height and width of the clip;
-* frame: gradient histograms of the middle frame;
-* motion: where, how strongly and how often per second the picture changes around the figure.
+chance  none: the most frequent class of the training list
+length  frames, height and width of the clip
+frame   gradient histograms of the middle frame
+motion  where, how much and how often per second the picture changes around the figure
 """
 
 import concurrent.futures
@@ -18,12 +18,11 @@ import cv2
 import numpy as np
 
 from stretchysnake_jax.data.decode import read_clip
-from stretchysnake_jax.data.lists import ClipList, read_list
+from stretchysnake_jax.data.lists import read_list
 
 SIDE = 64  # clips are looked at in this many pixels a side
 NOISE = 15  # grey levels of change that are put down to noise and to the camera
 WINDOW = 32  # frames of the temporal spectrum
-STRENGTHS = tuple(10.0**e for e in range(-4, 3))
 
 
 def run(path, test_list=None) -> dict[str, float]:
@@ -37,27 +36,24 @@ def run(path, test_list=None) -> dict[str, float]:
       Accuracy on the test list, 0..1, by the name of the baseline.
 
     Raises:
-      ListError: a list can't be used.
-      UnreadableVideo: a video gives no frame.
+      ListError, UnreadableVideo: a list or a video can't be used.
     """
     folder = pathlib.Path(path)
-    train = read_list(folder / "train.txt")
-    val = read_list(folder / "val.txt", classes=train.classes)
-    test = read_list(test_list or folder / "test.txt", classes=train.classes)
-    features = [_describe_all(clips) for clips in (train, val, test)]
+    classes = read_list(folder / "train.txt").classes
+    files = (folder / "train.txt", folder / "val.txt", test_list or folder / "test.txt")
+    train, val, test = sets = [read_list(file, classes=classes) for file in files]
+    features = []
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for clips in sets:
+            rows = list(pool.map(_describe, clips.paths))
+            features.append({name: np.array([row[name] for row in rows]) for name in rows[0]})
     most = np.bincount(train.labels).argmax()
     results = {"chance": float(np.mean(test.labels == most))}
     for name in features[0]:
         x, x_val, x_test = (f[name] for f in features)
-        predict = _fit(x, train.labels, x_val, val.labels, len(train.classes))
+        predict = _fit(x, train.labels, x_val, val.labels, len(classes))
         results[name] = float(np.mean(predict(x_test) == test.labels))
     return results
-
-
-def _describe_all(clips: ClipList) -> dict[str, np.ndarray]:
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = list(pool.map(_describe, clips.paths))
-    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
 def _describe(path: str) -> dict[str, np.ndarray]:
@@ -78,16 +74,7 @@ def _describe(path: str) -> dict[str, np.ndarray]:
 
 
 def describe_frame(image: np.ndarray, cells: int = 8, bins: int = 9) -> np.ndarray:
-    """Histograms of gradient directions in cells, normalised with their neighbours.
-
-    Args:
-      image: grey, float32 (h, w); both divisible by `cells`.
-      cells: cells along each side.
-      bins: directions in half a turn.
-
-    Returns:
-      float32 (cells * cells * bins,).
-    """
+    """Gradient histograms by cell: grey float32 (h, w) -> (cells * cells * bins,)."""
     dx, dy = cv2.Sobel(image, cv2.CV_32F, 1, 0), cv2.Sobel(image, cv2.CV_32F, 0, 1)
     which = (np.arctan2(dy, dx) % np.pi / np.pi * bins).astype(int) % bins
     votes = np.hypot(dx, dy)[..., None] * (which[..., None] == np.arange(bins))
@@ -98,14 +85,7 @@ def describe_frame(image: np.ndarray, cells: int = 8, bins: int = 9) -> np.ndarr
 
 
 def describe_motion(video: np.ndarray) -> np.ndarray:
-    """Maps and temporal spectra of the change between frames, in a box that follows the figure.
-
-    Args:
-      video: grey, float32 (n, h, w).
-
-    Returns:
-      float32 (322,).
-    """
+    """Maps and spectra of the change in a box that follows it: float32 (n, h, w) -> (318,)."""
     if len(video) < 3:
         video = np.repeat(video, 3, axis=0)
     change = np.maximum(abs(video[2:] - video[:-2]) - NOISE, 0)  # (n - 2, h, w)
@@ -115,9 +95,8 @@ def describe_motion(video: np.ndarray) -> np.ndarray:
     centre = np.einsum("nhw,hwc->nc", change, grid) / mass[:, None]
     weights = np.stack([mass, mass], -1)
     smooth = cv2.blur(centre * weights, (1, 9)) / cv2.blur(weights, (1, 9))
-    total = mass.sum()
-    spread = np.sqrt(np.einsum("nhw,hwc->nc", change, grid**2).sum(0) / total
-                     - (centre**2 * mass[:, None]).sum(0) / total).max() + 1  # fmt: skip
+    square = np.einsum("nhw,hwc->c", change, grid**2) - (centre**2 * mass[:, None]).sum(0)
+    spread = np.sqrt(np.maximum(square, 0) / mass.sum()).max() + 1
     # 2. Change and picture in that box, 16x16.
     scale = 16 / (5 * spread)
     box = np.empty((2, len(change), 16, 16), np.float32)
@@ -126,8 +105,7 @@ def describe_motion(video: np.ndarray) -> np.ndarray:
         for k, image in enumerate((change[i], video[i + 1])):
             blurred = cv2.blur(image, (3, 3))
             box[k, i] = cv2.warpAffine(blurred, affine, (16, 16), borderMode=cv2.BORDER_REPLICATE)
-    moved, seen = box
-    seen = (seen - seen.mean()) / (seen.std() + 1)
+    moved, seen = box[0], (box[1] - box[1].mean()) / (box[1].std() + 1)
     # 3. Where: mean and deviation over time. How often: power in octaves of frequency, by cell.
     where = [_pool(moved.mean(0), 8), _pool(moved.std(0), 8), _pool(seen.std(0), 8)]
     where = [m.ravel() / (np.linalg.norm(m) + 1e-3) for m in where]
@@ -149,24 +127,23 @@ def _spectrum(series: np.ndarray) -> np.ndarray:
     windows = np.stack([series[s : s + WINDOW] for s in starts])
     windows = (windows - windows.mean(1, keepdims=True)) * np.hanning(WINDOW)[:, None]
     power = (abs(np.fft.rfft(windows, axis=1)) ** 2).mean(0)
-    edges = (1, 2, 3, 4, 6, 8, 12, 17)
-    return np.stack([power[a:b].mean(0) for a, b in itertools.pairwise(edges)])
+    bands = itertools.pairwise((1, 2, 3, 4, 6, 8, 12, 17))
+    return np.stack([power[a:b].mean(0) for a, b in bands])
 
 
 def _fit(x, y, x_val, y_val, classes: int):
     """Kernel ridge regression onto one-hot labels; returns a function features -> labels."""
     mean, std = x.mean(0), x.std(0) + 1e-6
-    x = (x - mean) / std
 
     def kernel(a):
-        squares = (a**2).sum(1)[:, None] + (x**2).sum(1) - 2 * a @ x.T
-        return np.exp(-np.maximum(squares, 0) / (2 * x.shape[1]))
+        a, b = (a - mean) / std, (x - mean) / std
+        squares = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
+        return np.exp(-np.maximum(squares, 0) / (2 * b.shape[1]))
 
-    gram, gram_val = kernel(x), kernel((x_val - mean) / std)
+    gram, gram_val, best = kernel(x), kernel(x_val), (-1.0, None)
     target = np.eye(classes)[y] - 1 / classes
-    best = (-1.0, None)
-    for strength in STRENGTHS:
+    for strength in 10.0 ** np.arange(-4, 3):
         weights = np.linalg.solve(gram + strength * np.eye(len(x)), target)
         accuracy = np.mean((gram_val @ weights).argmax(1) == y_val)
         best = max(best, (accuracy, weights), key=lambda pair: pair[0])
-    return lambda z: (kernel((z - mean) / std) @ best[1]).argmax(1)
+    return lambda z: (kernel(z) @ best[1]).argmax(1)

@@ -12,6 +12,7 @@ Spawned renderers import this module: numpy and OpenCV only.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import multiprocessing
 import os
@@ -32,7 +33,7 @@ _SPEED = dict(jump=0.85, run=1.5, side=0.75, skip=1.0, walk=0.55)
 _FRONTAL = ("jack", "pjump", "side", "wave1", "wave2")
 # Classes whose arms are free to rest in a raised pose: a raised arm alone is then no wave.
 _MAY_HOLD = ("jump", "pjump", "side", "skip", "walk", "wave1")
-_HOLD = 0.2
+_HOLD = 0.25  # how often they do
 _SUBJECT, _SCENE, _MOTION = 0, 1, 2
 
 
@@ -57,8 +58,7 @@ def _motion(name: str, seconds: np.ndarray, style: dict, rng: np.random.Generato
       and the second (spread, lift, fold) turns outwards; `lean` (n,) degrees; `rise` (n,) leg
       lengths off the ground; `yaw` degrees (0 faces the camera); `speed` of travel on screen.
     """
-    n = len(seconds)
-    amplitude = rng.uniform(0.8, 1.2)
+    n, amplitude = len(seconds), rng.uniform(0.8, 1.2)
     start, rate = rng.uniform(), _FREQUENCY.get(name, 1.0) * rng.uniform(0.85, 1.15)
     phase = 2 * np.pi * (start + seconds * rate)
     way = rng.choice((-1.0, 1.0))  # the side travelled to, or turned to
@@ -66,8 +66,8 @@ def _motion(name: str, seconds: np.ndarray, style: dict, rng: np.random.Generato
     side = np.array([[1.0], [-1.0]])
     sin, cos = np.sin(phase), np.cos(phase)
     # The cycles linger at their neutral pose, which is the same one, standing, in most classes.
-    hop, crouch = np.maximum(0, sin) ** 1.25, np.maximum(0, -sin) ** 1.25
-    stride, opening = sin * abs(sin) ** 0.25, ((1 - cos) / 2) ** 1.25
+    hop, crouch = np.maximum(0, sin) ** 1.5, np.maximum(0, -sin) ** 1.5
+    stride, opening = sin * abs(sin) ** 0.5, ((1 - cos) / 2) ** 1.5
     a = {k: np.zeros((2, n)) for k in ("hip", "spread", "knee", "swing", "lift", "elbow", "fold")}
     a |= {"lean": np.full(n, style["lean"]), "rise": np.zeros(n)}
     a["lift"] += 7
@@ -107,7 +107,7 @@ def _motion(name: str, seconds: np.ndarray, style: dict, rng: np.random.Generato
         a["rise"] += 0.10 * abs(sin)
     elif name in ("wave1", "wave2"):
         arms = slice(0, 1) if name == "wave1" else slice(0, 2)
-        low, high = rng.uniform(20, 80), rng.uniform(145, 168)
+        low, high = rng.uniform(10, 70), rng.uniform(145, 168)
         a["lift"][arms] = low + (high - low) * (1 - cos) / 2
         a["fold"][arms] = 15 * sin
         a["elbow"][arms] = 0
@@ -140,8 +140,7 @@ def _direction(forward: np.ndarray, outward: np.ndarray, sign: int) -> np.ndarra
 
 def _skeleton(motion: dict, body: dict) -> dict:
     """Polylines by body part, (n, points, 2): right and up in body heights, ground at 0."""
-    n = len(motion["lean"])
-    lean = np.radians(motion["lean"])
+    n, lean = len(motion["lean"]), np.radians(motion["lean"])
     up = np.stack([np.zeros(n), np.cos(lean), np.sin(lean)], -1)
     neck = up * body["torso"]
     legs, arms = [], []
@@ -158,9 +157,8 @@ def _skeleton(motion: dict, body: dict) -> dict:
         lower = _direction(swing + motion["elbow"][i], lift + motion["fold"][i], sign)
         arms.append([shoulder, elbow, elbow + lower * body["arm"] / 2])
     # The lowest ankle stands on the ground, unless the figure is in the air.
-    drop = -np.minimum(legs[0][2][:, 1], legs[1][2][:, 1])
     offset = np.zeros((n, 3))
-    offset[:, 1] = drop + motion["rise"] * body["leg"]
+    offset[:, 1] = motion["rise"] * body["leg"] - np.minimum(legs[0][2][:, 1], legs[1][2][:, 1])
     yaw = np.radians(motion["yaw"])
     project = np.array([[np.cos(yaw), 0.0], [0.0, 1.0], [np.sin(yaw), 0.0]])
 
@@ -183,10 +181,6 @@ def _contrasted(colour: np.ndarray, background: float, least: float = 70.0) -> n
     return colour
 
 
-def _shade(colour: tuple, factor: float = 0.8) -> tuple:
-    return tuple(int(v * factor) for v in colour)
-
-
 def _background(rng: np.random.Generator, size: int, floor: int, margin: int) -> np.ndarray:
     """A calm wall and floor with a few posts, (size + 2 margin, 4.5 size, 3) uint8."""
     height, width = size + 2 * margin, int(4.5 * size)
@@ -207,8 +201,8 @@ def render_clip(label: int, subject: int, take: int, *, seed: int = 0, size: int
 
     Args:
       label: index into `CLASSES`.
-      subject: number of the subject, 0 or more; decides the body, the clothes and the style.
-      take: number of the take, 0 or more; with the subject it decides the scene and the length.
+      subject: 0 or more; decides the body, the clothes and the style.
+      take: 0 or more; with the subject it decides the scene and the length.
       seed: seed of the whole data set.
       size: height and width in pixels; even and at least 32.
 
@@ -216,7 +210,7 @@ def render_clip(label: int, subject: int, take: int, *, seed: int = 0, size: int
       (frames, size, size, 3) uint8 RGB at `FPS` frames per second.
 
     Raises:
-      ValueError: if the label, a number or the size is out of range.
+      ValueError: an argument is out of range.
     """
     if not 0 <= label < len(CLASSES) or min(subject, take, seed) < 0:
         raise ValueError(f"there is no clip {label=}, {subject=}, {take=}, {seed=}")
@@ -225,8 +219,8 @@ def render_clip(label: int, subject: int, take: int, *, seed: int = 0, size: int
 
     # 1. The subject.
     rng = np.random.default_rng([_SUBJECT, seed, subject])
-    body = dict(leg=rng.uniform(0.46, 0.54), arm=rng.uniform(0.38, 0.46),
-                torso=rng.uniform(0.28, 0.34), head=rng.uniform(0.075, 0.095))  # fmt: skip
+    reach = dict(leg=(0.46, 0.54), arm=(0.38, 0.46), torso=(0.28, 0.34), head=(0.075, 0.095))
+    body = {part: rng.uniform(*bounds) for part, bounds in reach.items()}
     stout = rng.uniform(0.8, 1.25)
     body |= dict(hips=0.05 * stout, shoulders=0.08 * stout)
     style = dict(elbow=rng.uniform(4, 18), lean=rng.uniform(-3, 4))
@@ -243,10 +237,8 @@ def render_clip(label: int, subject: int, take: int, *, seed: int = 0, size: int
     floor = int(size - scale * rng.uniform(0.05, 0.15))
     canvas = _background(rng, size, floor, margin)
     middle = size / 2 + scale * rng.uniform(-0.08, 0.08)
-    shake = scale * np.stack([
-        0.04 * np.sin(rng.uniform(0.7, 2.0) * seconds + rng.uniform(0, 6.3)),
-        0.02 * np.sin(rng.uniform(0.7, 2.0) * seconds + rng.uniform(0, 6.3)),
-    ], -1) + rng.normal(0, 0.003 * scale, (n, 2))  # fmt: skip
+    sway = [a * np.sin(rng.uniform(0.7, 2) * seconds + rng.uniform(0, 6.3)) for a in (0.04, 0.02)]
+    shake = scale * np.stack(sway, -1) + rng.normal(0, 0.003 * scale, (n, 2))
     grain = np.clip(rng.normal(128, 2.5, (size + 64, size + 64, 3)).round(), 0, 255)
     grain, corners = grain.astype(np.uint8), rng.integers(0, 64, (n, 2))
     brightness = float(canvas.mean())
@@ -264,12 +256,14 @@ def render_clip(label: int, subject: int, take: int, *, seed: int = 0, size: int
     centre[:, 0] += travel
 
     shirt, legs, skin = (tuple(map(int, c)) for c in (top, trousers, skin))
-    shoe, near_arm = _shade(legs, 0.5), (shirt, skin if short_sleeves else shirt)
+    near_arm, near_leg = (shirt, skin if short_sleeves else shirt), (legs, legs)
+    far_arm, far_leg = ([tuple(v * 4 // 5 for v in c) for c in m] for m in (near_arm, near_leg))
+    shoe = tuple(v // 2 for v in legs)
     arm, leg = (0.085, 0.07), (0.115, 0.095, 0.07)  # widths from the joint outwards
     parts = (  # from far to near
-        ("far arm", [_shade(c) for c in near_arm], arm),
-        ("far leg", (_shade(legs), _shade(legs), shoe), leg),
-        ("near leg", (legs, legs, shoe), leg),
+        ("far arm", far_arm, arm),
+        ("far leg", (*far_leg, shoe), leg),
+        ("near leg", (*near_leg, shoe), leg),
         ("torso", (shirt,), (0.21 if CLASSES[label] in _FRONTAL else 0.17,)),
         ("head", (skin,), ()),
         ("near arm", near_arm, arm),
@@ -304,12 +298,12 @@ def _write_clip(path: str, label: int, subject: int, take: int, seed: int, size:
     temporary = path.removesuffix(".mp4") + ".tmp.mp4"
     codec = cv2.VideoWriter_fourcc(*"mp4v")
     writer = cv2.VideoWriter(temporary, cv2.CAP_FFMPEG, codec, FPS, (size, size))
-    opened = writer.isOpened()
-    written = opened and all(writer.write(frame[..., ::-1].copy()) is not False for frame in clip)
+    written = writer.isOpened() and all(
+        writer.write(frame[..., ::-1].copy()) is not False for frame in clip
+    )
     writer.release()  # a full disk shows only now, as a file without its index
     if not written or cv2.VideoCapture(temporary).get(cv2.CAP_PROP_FRAME_COUNT) != len(clip):
-        raise OSError(f"OpenCV can't write mp4v video to {temporary}: is the disk full?"
-                      if opened else f"OpenCV can't open {temporary} for mp4v video")  # fmt: skip
+        raise OSError(f"OpenCV can't write mp4v video to {temporary}: is the disk full?")
     os.replace(temporary, path)
 
 
@@ -339,12 +333,12 @@ def make(path, *, train_subjects=30, val_subjects=5, test_subjects=10, takes=4, 
 
     Args:
       path: the folder; made if missing.
-      train_subjects, val_subjects, test_subjects: subjects per split, each at least 1.
-      takes: clips of each class per subject.
+      train_subjects, val_subjects, test_subjects: subjects per split, 1 or more.
+      takes: clips of each class per subject, 1 or more.
       size: height and width in pixels; even and at least 32.
       seed: seed of the whole data set.
       workers: processes that render; None means one per core, 1 renders in this process.
-        Several need a main module that can be imported (`if __name__ == "__main__":`).
+        Several import the main module: guard it with `if __name__ == "__main__":`.
       progress: called as progress(done, total) after each clip, done and total in clips.
 
     Returns:
@@ -371,10 +365,9 @@ def make(path, *, train_subjects=30, val_subjects=5, test_subjects=10, takes=4, 
     for note in (finished, marker):
         if note.exists() and json.loads(note.read_text(encoding="utf-8")) != settings:
             raise ValueError(f"{root} was made with other settings: use a new folder or delete it")
-    if not finished.exists() and not marker.exists():
-        taken = [p for p in (*(f"{s}.txt" for s in SPLITS), "videos") if (root / p).exists()]
-        if taken:
-            raise ValueError(f"{root} already holds {taken[0]} of something else: use a new folder")
+    strange = any(p.suffix != ".tmp" for p in root.glob("*"))
+    if strange and not finished.exists() and not marker.exists():
+        raise ValueError(f"{root} holds something else already: use a new folder")
     jobs, texts = [], {"classes.txt": "".join(f"{name}\n" for name in CLASSES)}
     for split, members in subjects.items():
         rows = [
@@ -393,10 +386,10 @@ def make(path, *, train_subjects=30, val_subjects=5, test_subjects=10, takes=4, 
         os.makedirs(folder, exist_ok=True)
 
     # 2. The clips.
-    finished_clips = _render_all(missing, workers or os.cpu_count() or 1)
-    for done, _ in enumerate(finished_clips, len(jobs) - len(missing) + 1):
-        if progress:
-            progress(done, len(jobs))
+    with contextlib.closing(_render_all(missing, workers or os.cpu_count() or 1)) as clips:
+        for done, _ in enumerate(clips, len(jobs) - len(missing) + 1):
+            if progress:
+                progress(done, len(jobs))
 
     # 3. The lists, and the promise that all is there.
     for name, lines in texts.items():

@@ -32,12 +32,12 @@ class ArgSpec:
 
 
 ARG_SPECS = (
-    ArgSpec("one_token", 2, 1, 3, 4),
-    ArgSpec("one_channel", 3, 9, 1, 1),
+    ArgSpec("one_token", 2, 1, 1, 2),
     ArgSpec("odd", 2, 37, 7, 3),
     ArgSpec("chunk_plus_one", 2, 49, 8, 16),
     ArgSpec("wide_state", 1, 70, 6, 40),
     ArgSpec("whole_chunks", 4, 48, 200, 16),  # large enough for the polynomial exponential
+    ArgSpec("XS", 1, 197, 192, bench=True),  # one frame of the Tiny model, to try a benchmark
     ArgSpec("S", 8, 785, 384, bench=True),  # 4 frames of 14x14 tokens and the class token
     ArgSpec("M", 8, 1569, 384, bench=True),  # 8 frames
     ArgSpec("L", 1, 12545, 384, bench=True),  # 64 frames
