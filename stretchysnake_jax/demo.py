@@ -12,6 +12,7 @@ import dataclasses
 import multiprocessing
 import os
 import pathlib
+import re
 import sys
 import time
 
@@ -19,7 +20,9 @@ from stretchysnake_jax.clock import Progress, duration
 from stretchysnake_jax.config import Config, ConfigError
 
 FRAMES, SIZES = (3, 4, 8, 16), (28, 42, 56, 84, 126)
-QUICK_FRAMES, QUICK_SIZES = (2, 4, 6), (28, 42, 56)
+QUICK_FRAMES, QUICK_SIZES = (2, 4, 6), (28, 42)
+# Share of the time by the end of training, of the first grid and of the second, roughly.
+STAGES = (0.75, 0.88, 1.0)
 MODELS = ("vanilla", "static_tokens")
 TITLES = {
     "vanilla": "vanilla, patch fixed",
@@ -93,10 +96,27 @@ def share_cores(parts: int) -> list[set[int]]:
     return [set(cores[i::parts]) for i in range(parts)]
 
 
-def last_line(path: pathlib.Path) -> str:
-    """The last line of a log."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return lines[-1] if lines else "starting"
+def state_of(log: pathlib.Path) -> tuple[str, float]:
+    """The last line of a process's log, and roughly the share of its work that is done."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    finished = sum(" clips, 0s left" in line for line in lines)
+    count = re.search(r"(\d+)/(\d+)(?: clips)?", lines[-1]) if lines else None
+    share = int(count[1]) / int(count[2]) if count else 0.0
+    stage = sum(line.startswith("done:") for line in lines) + finished
+    ends = (0.0, *STAGES, 1.0)
+    if stage >= len(STAGES):
+        return lines[-1], 1.0
+    return lines[-1] if lines else "starting", ends[stage] + share * (ends[stage + 1] - ends[stage])
+
+
+def overview(logs: dict[str, pathlib.Path], elapsed: float, quick: bool) -> str:
+    """One line on all processes, with the time left: a guess at first, then from what is done."""
+    states = {name: state_of(log) for name, log in logs.items()}
+    share = min(share for _, share in states.values())
+    guess = 50 if quick else 300
+    left = max(guess - elapsed, 5) if share < 0.03 else elapsed / share * (1 - share)
+    parts = [f"{name}: {text.split('  ')[0][:60]}" for name, (text, _) in states.items()]
+    return f"{100 * share:3.0f} %, about {duration(left)} left | " + " | ".join(parts)
 
 
 def run_all(out: pathlib.Path, quick: bool, progress: Progress) -> int:
@@ -116,7 +136,7 @@ def run_all(out: pathlib.Path, quick: bool, progress: Progress) -> int:
     spawn = multiprocessing.get_context("spawn")
     trained = {name: spawn.Event() for name in MODELS}
     logs = {name: out / f"{name}.log" for name in MODELS}
-    processes = {}
+    processes, start = {}, time.perf_counter()
     for name, cores in zip(MODELS, share_cores(len(MODELS)), strict=True):
         config = demo_config(name, out / "data", quick)
         logs[name].unlink(missing_ok=True)
@@ -126,8 +146,7 @@ def run_all(out: pathlib.Path, quick: bool, progress: Progress) -> int:
     try:
         while any(p.is_alive() for p in processes.values()):
             time.sleep(0.5)
-            text = " | ".join(f"{name}: {last_line(log)[:90]}" for name, log in logs.items())
-            progress.show(text)
+            progress.show(overview(logs, time.perf_counter() - start, quick))
     except KeyboardInterrupt:
         for p in processes.values():
             p.terminate()  # SIGTERM: they save and leave
@@ -138,7 +157,7 @@ def run_all(out: pathlib.Path, quick: bool, progress: Progress) -> int:
         progress.close()
     for name, p in processes.items():
         if p.exitcode:
-            progress.say(f"{name} failed: {last_line(logs[name])}")
+            progress.say(f"{name} failed: {state_of(logs[name])[0]}")
     return max(abs(p.exitcode or 0) for p in processes.values())
 
 
@@ -170,21 +189,26 @@ def verdict(rows: dict[str, list[dict]], quick: bool) -> str:
         f"{len(trained)} that\none of them was trained on; vanilla own: the one of vanilla.\n"
     )
     if quick:
-        lines.append("This was --quick: far too few steps and clips for the numbers to mean much.")
+        lines.append(
+            "This was --quick: far too few steps and clips for the numbers to mean anything but\n"
+            "that every part works. Without --quick it takes about 5 minutes and they do."
+        )
+        return "\n".join(lines)
     lines.append(
         f"On unseen scales static_tokens is {flexible - fixed:+.0f} points from vanilla with its "
         "fixed patch,\nwhose grid of tokens changes with the resolution."
     )
     lines.append(
         f"The control is {control - flexible:+.0f} points from static_tokens: the vanilla "
-        "checkpoint, its\nkernel resized at test so that the grid stays. "
-        + (
-            "So on these large, smooth figures most of the gain comes\nfrom resizing the kernel; "
-            "flexible training adds little that resizing doesn't."
-            if control > flexible - 10
-            else "So flexible training adds what resizing alone does not."
-        )
+        "checkpoint, its\nkernel resized at test so that the grid of tokens stays."
     )
+    if control > flexible - 10:
+        lines.append(
+            "So on figures as large and smooth as these, resizing the kernel does most of it; what\n"
+            "flexible training adds needs finer detail or timing to show."
+        )
+    else:
+        lines.append("So flexible training adds what resizing alone does not.")
     return "\n".join(lines)
 
 

@@ -209,15 +209,14 @@ def infer(state: dict, size: tuple[int, int] | None) -> ModelConfig:
 
 
 def _find_size(count: int, patch: tuple[int, int], size) -> tuple[int, int]:
-    """The input size in pixels for a spatial table of `count` patches; square unless given."""
-    side = math.isqrt(count)
+    """The input size in pixels for a spatial table of `count` patches.
+
+    Unless given it is square, or where no square has so many patches, the landscape rectangle
+    nearest to one: 6 patches are 2x3. A file doesn't say; `from_state_dict` reports the guess.
+    """
     if size is None:
-        if side * side != count:
-            raise CheckpointError(
-                f"pos_embed has {count} rows beside the class token's, no square number: "
-                "--size H,W (size=(H, W)) says of which input, in pixels"
-            )
-        return side * patch[0], side * patch[1]
+        rows = next(n for n in range(math.isqrt(count), 0, -1) if count % n == 0)
+        return rows * patch[0], count // rows * patch[1]
     exact = size[0] % patch[0] == size[1] % patch[1] == 0
     if not exact or size[0] // patch[0] * (size[1] // patch[1]) != count:
         raise CheckpointError(

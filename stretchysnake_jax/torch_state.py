@@ -161,7 +161,8 @@ def from_state_dict(
         of zeros. None: an image stays an image model.
       tubelet: of an image checkpoint with `frames`: frames per token, 1 unless given.
       inflate: how the image's patch kernel goes to `tubelet` frames, see `inflate_kernel`.
-      size: (height, width) in pixels, for a spatial table that isn't square.
+      size: (height, width) in pixels, for a spatial table that isn't square; None: the landscape
+        rectangle nearest to a square, with a note in the report.
       num_classes: makes a new head of zeros where the file has none, or one of another size.
       allow_unused: puts unknown keys into the report instead of refusing the file.
       report: of `find_state`.
@@ -178,6 +179,12 @@ def from_state_dict(
     chosen = _select(state, report)
     _fit_head(chosen, report, num_classes)
     config = infer(chosen, size)
+    rows, columns = config.grid
+    if size is None and rows != columns:
+        report.notes.append(
+            f"pos_embed has {rows * columns} patches, no square number: taken as a grid of "
+            f"{rows}x{columns}, input {config.size[0]}x{config.size[1]}; --size H,W says otherwise"
+        )
     own = (config.frames, config.tubelet)
     video = config.frames is not None
     if video and (frames or own[0], tubelet or own[1]) != own:

@@ -39,3 +39,55 @@ def video_folder(tmp_path_factory):
     lines = [f"{name} {label}\n" for label, name in enumerate(VIDEOS)]
     (folder / "clips.txt").write_text("".join(lines))
     return folder
+
+
+TINY_CONFIG = '''"""A run of seconds."""
+
+from stretchysnake_jax.config import (
+    Config, DataConfig, ModelConfig, OptimConfig, StretchConfig, TrainConfig,
+)
+
+
+def get_config(arg=""):
+    return Config(
+        name="tiny",
+        model=ModelConfig(
+            dim=16, depth=1, state=4, patch=(4, 4), size=(16, 16), frames=2, num_classes=6,
+            pooling="mean", normalise="clip", drop_path=0.1,
+        ),
+        stretch=StretchConfig(frames=(1, 2), sizes=(8, 16, 24), kernel_method="area"),
+        data=DataConfig(
+            train="{folder}/clips.txt", val="{folder}/clips.txt", batch_size=3, crop_scale=0.8,
+            threads=2,
+        ),
+        optim=OptimConfig(learning_rate=1e-2),
+        train=TrainConfig(steps=24, log_every=1, checkpoint_every=6),
+    )
+'''
+
+
+@pytest.fixture(scope="session")
+def tiny_config_file(video_folder, tmp_path_factory):
+    """The path of a config file that trains on `video_folder` in seconds."""
+    path = tmp_path_factory.mktemp("configs") / "tiny.py"
+    path.write_text(TINY_CONFIG.replace("{folder}", str(video_folder)))
+    return path
+
+
+@pytest.fixture
+def tiny_config(tiny_config_file):
+    """What `tiny_config_file` gives, made anew for every test."""
+    from stretchysnake_jax.cli import parse_config
+
+    return parse_config(["--config", str(tiny_config_file)])[0]
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_config_file, tmp_path_factory):
+    """The workdir of a finished run of `tiny_config_file`."""
+    from stretchysnake_jax.cli import parse_config
+    from stretchysnake_jax.train import train
+
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    assert train(parse_config(["--config", str(tiny_config_file)])[0], workdir) == 0
+    return workdir
