@@ -66,13 +66,17 @@ def parse_config(argv: list[str]) -> tuple[Config, list[str]]:
                 close = nearest(last.get(name.rpartition(".")[2], name), known).split("?")[0]
             hint = f"{close}?" if "did you mean" in close else "see 'stretchysnake inspect config'"
             raise ConfigError(f"unknown field --config.{name}: {hint}")
-    values = flags.FlagValues()
+    values, before = flags.FlagValues(), sys.argv
     config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
     try:
-        values(["stretchysnake", *words])
+        sys.argv = ["stretchysnake", *words]  # ml_collections looks for overrides there
+        values(sys.argv)
         config = values.config
+        config.model  # noqa: B018: a file that could not be read shows here only
     except Exception as error:  # whatever a config file raises, and the flags' own errors
         raise ConfigError(_flag_error(error)) from error
+    finally:
+        sys.argv = before
     if not isinstance(config, Config):
         raise ConfigError(f"get_config() returned {type(config).__name__}: it takes a Config")
     validate(config)
@@ -87,6 +91,8 @@ def _flag_error(error: Exception) -> str:
         return f"no config file at {missing[1]}: it takes a path such as configs/k400.py"
     if "Traceback" in text:
         return f"the config file fails: {text.splitlines()[-1]}"
+    if isinstance(error, SyntaxError):
+        return f"the config file fails: {text}"
     value = re.match(r"flag (--[\w.]+)=(.*?): (.*)", text, re.DOTALL)
     return f"{value[1]} can't be {value[2]!r}: {value[3]}" if value else text
 

@@ -100,8 +100,8 @@ def state_of(log: pathlib.Path) -> tuple[str, float]:
     """The last line of a process's log, and roughly the share of its work that is done."""
     lines = log.read_text().splitlines() if log.exists() else []
     finished = sum(" clips, 0s left" in line for line in lines)
-    count = re.search(r"(\d+)/(\d+)(?: clips)?", lines[-1]) if lines else None
-    share = int(count[1]) / int(count[2]) if count else 0.0
+    count = re.search(r"(?<=step )(\d+)/(\d+)|(\d+)/(\d+)(?= clips)", lines[-1] if lines else "")
+    share = int(count[1] or count[3]) / int(count[2] or count[4]) if count else 0.0
     stage = sum(line.startswith("done:") for line in lines) + finished
     ends = (0.0, *STAGES, 1.0)
     if stage >= len(STAGES):
@@ -123,7 +123,7 @@ def run_all(out: pathlib.Path, quick: bool, progress: Progress) -> int:
     """Trains and evaluates both models in two processes; returns the worst exit status."""
     frames = list(QUICK_FRAMES if quick else FRAMES)
     sizes = [(s, s) for s in (QUICK_SIZES if quick else SIZES)]
-    grid = {"frames": frames, "sizes": sizes, "batch_size": 20}
+    grid = {"frames": frames, "sizes": sizes, "batch_size": 10}
     vanilla, static = ({**grid, "workdir": out / name} for name in MODELS)
     # The control goes to the process of static_tokens, whose own grid is the cheaper one.
     runs = {
@@ -196,7 +196,7 @@ def verdict(rows: dict[str, list[dict]], quick: bool) -> str:
         return "\n".join(lines)
     lines.append(
         f"On unseen scales static_tokens is {flexible - fixed:+.0f} points from vanilla with its "
-        "fixed patch,\nwhose grid of tokens changes with the resolution."
+        "fixed\npatch, whose grid of tokens changes with the resolution."
     )
     lines.append(
         f"The control is {control - flexible:+.0f} points from static_tokens: the vanilla "
@@ -204,7 +204,7 @@ def verdict(rows: dict[str, list[dict]], quick: bool) -> str:
     )
     if control > flexible - 10:
         lines.append(
-            "So on figures as large and smooth as these, resizing the kernel does most of it; what\n"
+            "So on figures as large and smooth as these resizing the kernel does most of it; what\n"
             "flexible training adds needs finer detail or timing to show."
         )
     else:
