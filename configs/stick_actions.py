@@ -25,6 +25,7 @@ def get_config(arg: str = "") -> Config:
         model=ModelConfig(
             dim=64,
             depth=4,
+            state=8,
             patch=(8, 8),
             size=(56, 56),
             frames=4,

@@ -181,7 +181,8 @@ def train(config: Config, workdir, progress: Progress | None = None) -> int:
             tally.check(len(clips), config.data.max_unreadable)
             bucket = schedule.buckets[batch["bucket"]]
             state, metrics = train_step(state, batch, bucket)
-            due = step % cfg.checkpoint_every == 0 or step == steps or stop.signal
+            stopping = stop.signal  # once a step: it may change at any moment
+            due = step % cfg.checkpoint_every == 0 or step == steps or stopping
             if pending:
                 report(pending, log, progress, clock, cfg.log_every, checkpoints, steps)
             clock.advance(step)
@@ -194,18 +195,18 @@ def train(config: Config, workdir, progress: Progress | None = None) -> int:
             if due or validate:  # never save or rate what is no longer finite
                 report(pending, log, progress, clock, cfg.log_every, checkpoints, steps, True)
                 pending = None
-            if validate and val and not stop.signal:
+            if validate and val and not stopping:
                 save(validation(config, state, val, step, log, progress))
             elif due:
                 save()
-            if stop.signal:
+            if stopping:
                 break
     checkpoints.close()
     log.close()
-    if stop.signal and step < steps:
-        name = signal.Signals(stop.signal).name
+    if step < steps:
+        name = signal.Signals(stopping).name
         progress.say(f"{name}: saved step {step} of {steps}; start again to continue")
-        return 128 + stop.signal
+        return 128 + stopping
     compiled = train_step.compilations
     progress.say(f"done: {steps} steps in {workdir}, {compiled} compilations")
     return 0

@@ -1,8 +1,22 @@
 """Fixtures that several test files use."""
 
-import cv2
-import numpy as np
-import pytest
+import os
+import tempfile
+
+# Compiled functions are shared by all tests of a session and the processes that they start. Set
+# before JAX is imported.
+_CACHE = tempfile.TemporaryDirectory(prefix="stretchysnake-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from stretchysnake_kernels import configure_cpu  # noqa: E402
+
+# As the commands do, so that runs in this process and in processes of their own give the same bits.
+configure_cpu()
 
 # Files of `video_folder`: name -> (fourcc, frames, width, height).
 VIDEOS = {
@@ -55,7 +69,7 @@ def get_config(arg=""):
             dim=16, depth=1, state=4, patch=(4, 4), size=(16, 16), frames=2, num_classes=6,
             pooling="mean", normalise="clip", drop_path=0.1,
         ),
-        stretch=StretchConfig(frames=(1, 2), sizes=(8, 16, 24), kernel_method="area"),
+        stretch=StretchConfig(frames=(2,), sizes=(8, 16, 24), kernel_method="area"),
         data=DataConfig(
             train="{folder}/clips.txt", val="{folder}/clips.txt", batch_size=3, crop_scale=0.8,
             threads=2,

@@ -136,5 +136,5 @@ def test_inspect_prints_buckets_and_configs(capsys):
     assert row.split()[:5] == ["8", "224x224", "16x16", "14x14", "1569"] and "100.64" in row
     assert cli.main(["inspect", "config", "--config", f"{STICK}:debug"]) == 0
     assert '"short_first": 0.45' in capsys.readouterr().out
-    assert cli.main(["inspect", "buckets", "--variant", "flex"]) == 2
+    assert cli.main(["inspect", "buckets", "--variant", "flexall"]) == 2
     assert "did you mean 'flex_all'?" in capsys.readouterr().err

@@ -28,6 +28,7 @@ def make_batch(bucket, n=3, seed=0):
 
 
 def test_one_compilation_per_bucket_and_none_on_return(tiny_config):
+    tiny_config.stretch.frames = (1, 2)
     buckets = [b for b, _ in training_buckets(tiny_config.stretch, tiny_config.model)]
     assert len(buckets) == 6
     step, state = TrainStep(tiny_config, 10), init_state(tiny_config, 10)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -60,8 +61,8 @@ def test_a_run_writes_what_it_promises(trained):
     assert [line["step"] for line in steps] == list(range(1, 25))
     wanted = {"step", "bucket", "loss", "learning_rate", "clips_per_s", "data_wait", "unreadable"}
     assert all(wanted <= set(line) for line in steps)
-    # 6 buckets: as many small stems, and one trunk per frame count.
-    assert steps[-1]["compiled"] == len({line["bucket"] for line in steps}) + 2 <= 8
+    # 3 buckets: as many small stems, and one trunk for the one frame count.
+    assert len({line["bucket"] for line in steps}) == 3 and steps[-1]["compiled"] == 4
     assert {"val_top1", "val_top5", "val_loss"} <= set(lines[-1]) and lines[-1]["step"] == 24
     assert (trained / "classes.txt").read_text().split() == list("012345")
     assert config_lib.load(trained / "config.json").train.steps == 24
@@ -95,7 +96,7 @@ def test_killed_and_resumed_equals_unbroken(trained, tiny_config_file, tmp_path)
     assert 14 <= done < 24, "the run was over before it was killed"
     process = start(tiny_config_file, tmp_path)
     _, text = process.communicate(timeout=120)
-    assert process.returncode == 0 and "continuing" in text and "at step 12 of 24" in text, text
+    assert process.returncode == 0 and re.search("continuing .* at step (6|12) of 24", text), text
     assert numbers(tmp_path) == numbers(trained)
     assert same_params(tmp_path, trained)
 
@@ -167,7 +168,7 @@ def _write_config(config, folder):
 def test_nan_stops_with_step_bucket_and_last_good_checkpoint(tiny_config, tmp_path):
     tiny_config.optim.learning_rate = 1e30
     tiny_config.train.checkpoint_every = 1
-    message = r"at step \d+, bucket \dx\d+x\d+/\d; last good checkpoint: step \d+"
+    message = r"at step \d+, bucket 2x\d+x\d+/\d; last good checkpoint: step \d+"
     with pytest.raises(TrainingError, match=message):
         train(tiny_config, tmp_path, Progress())
     loaded = model.load(tmp_path)
@@ -184,6 +185,7 @@ def test_wrong_number_of_classes_is_refused(tiny_config, tmp_path):
 def test_training_can_start_from_other_weights(trained, tiny_config, tmp_path, capsys):
     tiny_config.train.init_from = str(trained)
     tiny_config.train.steps, tiny_config.model.size = 1, (24, 24)
+    tiny_config.stretch.sizes = (24,)
     tiny_config.optim.learning_rate = tiny_config.optim.final_learning_rate = 1e-12
     assert train(tiny_config, tmp_path / "run") == 0
     given = model.load(trained).stretch(frames=2, size=24, patch=4, method="paper").fitted_params

@@ -285,6 +285,8 @@ def _start_worker(*_):
 class TooManyUnreadable(RuntimeError):
     """More clips than allowed gave no frames."""
 
+    plain = True  # the message is for the user, without a traceback
+
 
 class UnreadableTally:
     """The distinct unreadable clips that a run has met on this host."""

@@ -17,6 +17,7 @@ PRESETS = {
     "micro": {
         "dim": 64,
         "depth": 4,
+        "state": 8,
         "patch": (8, 8),
         "size": (56, 56),
         "pooling": "mean",

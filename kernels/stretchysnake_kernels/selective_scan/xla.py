@@ -281,7 +281,10 @@ def _choose_exp2(state_size):
 
 
 def _exp2_polynomial(v):
-    """Returns 2^v: a polynomial for the part in [-1/2, 1/2], the rest added to the exponent."""
+    """Returns 2^v: a polynomial for the part in [-1/2, 1/2], the rest added to the exponent.
+
+    Rounding by adding 1.5 * 2^23 is no way out of the conversion: XLA folds (v + c) - c into v.
+    """
     # At the two bounds the exponent's bits are all zero (the result is 0) and all one (infinity).
     v = lax.clamp(jnp.float32(-127), v, jnp.float32(128))
     whole = lax.round(v, lax.RoundingMethod.TO_NEAREST_EVEN)
