@@ -19,7 +19,7 @@ import time
 from stretchysnake_jax.clock import Progress, duration
 from stretchysnake_jax.config import Config, ConfigError
 
-FRAMES, SIZES = (3, 4, 8, 16), (28, 42, 56, 84, 126)
+FRAMES, SIZES = (3, 4, 16), (28, 42, 56, 84, 126)
 QUICK_FRAMES, QUICK_SIZES = (2, 4, 6), (28, 42)
 # Share of the time by the end of training, of the first grid and of the second, roughly.
 STAGES = (0.75, 0.88, 1.0)
@@ -104,6 +104,8 @@ def state_of(log: pathlib.Path) -> tuple[str, float]:
     share = int(count[1] or count[3]) / int(count[2] or count[4]) if count else 0.0
     stage = sum(line.startswith("done:") for line in lines) + finished
     ends = (0.0, *STAGES, 1.0)
+    if lines and " clips, 0s left" in lines[-1]:
+        share = 0.0  # the stage that ended is counted already
     if stage >= len(STAGES):
         return lines[-1], 1.0
     return lines[-1] if lines else "starting", ends[stage] + share * (ends[stage + 1] - ends[stage])

@@ -1,0 +1,168 @@
+"""Evaluation grids: numbers against a plain computation, files, tables, pictures; predict."""
+
+import csv
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from stretchysnake_jax import cli, evaluate, grid, model, plots, predict
+from stretchysnake_jax.buckets import Bucket
+from stretchysnake_jax.config import ConfigError
+from stretchysnake_jax.data import pipeline
+from stretchysnake_jax.data.lists import ClipList, read_list
+
+
+def test_scores_equal_a_plain_computation(tiny_config, video_folder):
+    """A model that gives fixed logits: accuracy and loss by hand, a ragged batch counted once."""
+    clips = read_list(video_folder / "clips.txt")
+    rng = np.random.default_rng(0)
+    given = rng.normal(size=(6, 6)).astype(np.float32)
+    given[2, :] = 1.0  # ties: no class is above the right one, but none below either
+    seen = []
+
+    def eval_step(params, video, bucket):
+        seen.append(len(video))
+        start = 4 * (len(seen) - 1 - (len(seen) > 1))  # the first batch runs twice
+        rows = given[start : start + 4]
+        return np.pad(rows, ((0, 4 - len(rows)), (0, 0)), constant_values=9.0)
+
+    row = grid.evaluate_bucket(
+        eval_step, None, tiny_config.data, clips, Bucket(2, 16, 16, (4, 4)), batch_size=4
+    )
+    assert row["clips"] == 6 and set(seen) == {4}
+    p = np.exp(given.astype(np.float64))
+    p /= p.sum(1, keepdims=True)
+    own = p[np.arange(6), clips.labels]
+    assert row["loss"] == pytest.approx(-np.log(own).mean())
+    rank = (given > given[np.arange(6), clips.labels][:, None]).sum(1) + 1
+    rank[2] = 6  # a model that can't tell classes apart isn't right by luck
+    assert row["top1"] == np.mean(rank == 1) and row["top5"] == np.mean(rank <= 5)
+    assert row["clips_per_s"] > 0
+
+
+def test_unreadable_clips_are_left_out_of_the_scores(tiny_config, video_folder, tmp_path):
+    (tmp_path / "bad.mp4").write_text("x")
+    paths = [str(video_folder / "a.mp4"), str(tmp_path / "bad.mp4")]
+    clips = ClipList(paths, np.array([0, 1], np.int32), ["a", "b"])
+
+    def eval_step(params, video, bucket):
+        return np.tile([1.0, 0.0], (2, 1))
+
+    bucket = Bucket(2, 16, 16, (4, 4))
+    row = grid.evaluate_bucket(eval_step, None, tiny_config.data, clips, bucket, batch_size=2)
+    assert row["clips"] == 1 and row["top1"] == 1.0
+    assert [path for path, _ in row["unreadable"]] == [paths[1]]
+    none = ClipList(paths[1:], np.array([1], np.int32), ["a", "b"])
+    with pytest.raises(pipeline.TooManyUnreadable, match=r"no clip could be read; .*bad\.mp4"):
+        grid.evaluate_bucket(eval_step, None, tiny_config.data, none, bucket, batch_size=2)
+
+
+def test_the_command_writes_tables_and_pictures(trained, video_folder, capsys):
+    argv = ["evaluate", "--workdir", str(trained), "--frames", "2,3", "--sizes", "8,16,20x24"]
+    assert cli.main([*argv, "--split", "val", "--batch-size", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "8" in out and "20x24" in out and "*" in out and "unseen cells" in out
+    with (trained / "grid.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(grid.COLUMNS) and len(rows) == 6
+    assert [r["trained"] for r in rows] == ["True", "True", "False", "False", "False", "False"]
+    assert rows[2]["patch"] == "5x6" and rows[0]["patch"] == "2"
+    assert all(0 <= float(r["top1"]) <= float(r["top5"]) <= 1 for r in rows)
+    assert len(json.loads((trained / "grid.json").read_text())) == 6
+    image = cv2.imread(str(trained / "grid.png"))
+    assert image is not None and image.std() > 20
+    assert not list(trained.glob("*.part"))
+
+
+def test_evaluation_agrees_with_the_python_model(trained, video_folder):
+    """The projected plan and padding of the command against `Model.logits` on the same clips."""
+    loaded = model.load(trained)
+    rows = evaluate.run(
+        trained, [2], [(24, 24)], clips=read_list(video_folder / "clips.txt"), name="check"
+    )
+    clips = read_list(video_folder / "clips.txt")
+    bucket = loaded.bucket_of((1, 2, 24, 24, 3))
+    with pipeline.eval_batches(loaded.run.data, clips, bucket, 6) as batches:
+        batch = next(batches)
+    p = np.asarray(loaded.predict(batch["video"]))[np.arange(6), batch["label"]]
+    assert rows[0]["loss"] == pytest.approx(-np.log(p).mean(), abs=1e-5)
+
+
+def test_the_control_keeps_the_grid_of_a_fixed_patch_model(trained, video_folder):
+    clips = read_list(video_folder / "clips.txt")
+    kwargs = {"clips": clips, "name": "control"}
+    rows = evaluate.run(trained, [2], [(24, 24)], variant="vanilla", **kwargs)
+    assert rows[0]["patch"] == "4" and not rows[0]["trained"]
+    rows = evaluate.run(trained, [2], [(24, 24)], methods={"kernel": "pi"}, **kwargs)
+    assert rows[0]["patch"] == "6" and rows[0]["trained"]
+    assert (trained / "control.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--frames", "2,x"], "--frames is '2,x': it takes whole numbers"),
+        (["--sizes", "8x"], "--sizes holds '8x'"),
+        (["--sizes", "8,9"], "height 9 gives static_tokens no grid of 4"),
+        (["--kernel-method", "cubic"], "the kernel method is 'cubic': "),
+        (["--split", "test"], "no test list: give one with --list"),
+        (["--variant", "static"], "did you mean 'static_tokens'"),
+        (["--list", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_wrong_arguments_give_one_sentence(trained, argv, words, capsys):
+    before = sorted(p.name for p in trained.iterdir())
+    assert cli.main(["evaluate", "--workdir", str(trained), *argv]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.startswith("error: ") and err.count("\n") == 1
+    assert sorted(p.name for p in trained.iterdir()) == before
+
+
+def test_predict(trained, video_folder, tmp_path, capsys):
+    (tmp_path / "bad.mp4").write_text("x")
+    good, bad = str(video_folder / "a.mp4"), str(tmp_path / "bad.mp4")
+    assert cli.main(["predict", "--workdir", str(trained), good]) == 0
+    out = capsys.readouterr().out
+    assert "(2 frames at 24x24)" in out and out.count("%") == 5
+    argv = ["predict", "--workdir", str(trained), "--json", "--top", "2", "--frames", "3"]
+    assert cli.main([*argv, "--size", "16x8", bad, good]) == 1
+    out, err = capsys.readouterr()
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert lines[0]["video"] == bad and "error" in lines[0] and bad in err
+    assert (lines[1]["frames"], lines[1]["height"], lines[1]["width"]) == (3, 16, 8)
+    first, second = lines[1]["top"]
+    assert first["probability"] >= second["probability"] > 0 and first["class"] in "012345"
+    assert cli.main(["predict", "--workdir", str(trained), "--size", "9", good]) == 2
+    assert "no grid of 4" in capsys.readouterr().err
+
+
+def test_the_nearest_bucket_follows_the_short_side(trained):
+    loaded = model.load(trained)
+    for side, wanted in ((7, 8), (13, 16), (18, 16), (300, 24)):
+        assert predict.nearest_bucket(loaded, side, 2 * side).height == wanted
+
+
+def test_tables_and_means():
+    rows = [
+        {"frames": t, "height": s, "width": s, "top1": v, "trained": s == 8}
+        for t, s, v in ((2, 8, 0.5), (2, 16, 0.25), (4, 8, 1.0), (4, 16, 0.0))
+    ]
+    assert grid.mean_top1(rows) == 0.4375 and grid.mean_top1(rows, trained=True) == 0.75
+    assert grid.mean_top1(rows, among={(2, 16, 16)}) == 0.25
+    assert np.isnan(grid.mean_top1(rows, among=set()))
+    text = grid.table(rows).splitlines()
+    assert text[0].split() == ["frames", "8", "16"] and text[1].split() == ["2", "50.0*", "25.0"]
+
+
+def test_a_difference_map_is_drawn(tmp_path):
+    rows = [{"frames": 2, "height": 8, "width": 8, "top1": -0.5, "trained": True}]
+    plots.heat_maps(tmp_path / "d.png", [("difference", rows)], difference=True)
+    assert cv2.imread(str(tmp_path / "d.png")) is not None
+
+
+def test_parse_sizes():
+    assert evaluate.parse_sizes("56,84x112") == [(56, 56), (84, 112)]
+    with pytest.raises(ConfigError, match="holds '0'"):
+        evaluate.parse_sizes("0")
