@@ -40,7 +40,7 @@ def test_the_golden_model_is_recognised(golden):
 
 def test_forward_equals_the_original(golden):
     config, params, video, arrays = golden
-    apply = models.make_apply(config)
+    apply = jax.jit(models.make_apply(config), static_argnames="output")
     np.testing.assert_allclose(apply(params, video), arrays["logits64"], atol=2e-5)
     features = apply(params, video, output="features")
     np.testing.assert_allclose(features, arrays["features64"], atol=2e-5)
@@ -74,7 +74,7 @@ def test_every_gradient_equals_the_original(golden):
     def loss(params, video):
         return -(bwd["soft_target"] * jax.nn.log_softmax(apply(params, video))).sum(-1).mean()
 
-    value, (grads, d_video) = jax.value_and_grad(loss, (0, 1))(params, video)
+    value, (grads, d_video) = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, video)
     assert float(value) == pytest.approx(float(bwd["loss"]), rel=1e-5)
     wanted = bwd["d_input"].transpose(0, 2, 3, 4, 1)
     np.testing.assert_allclose(d_video, wanted, atol=5e-5 * np.abs(wanted).max())
@@ -121,10 +121,10 @@ def test_the_mixer_equals_the_original():
 
     params = jax.tree.map(jnp.asarray, tree("p_"))
     # x of the goldens also has entries named g_x and p_...; only parameters are in tree().
-    run = lambda params, x: nnx.merge(mixer_graph, nnx.State(params))(x)  # noqa: E731
+    run = jax.jit(lambda params, x: nnx.merge(mixer_graph, nnx.State(params))(x))
     y, pull = jax.vjp(run, params, jnp.asarray(golden["x"]))
     np.testing.assert_allclose(y, golden["y"], atol=5e-6 * np.abs(golden["y"]).max())
-    grads, d_x = pull(jnp.asarray(golden["cotangent"]))
+    grads, d_x = jax.jit(pull)(jnp.asarray(golden["cotangent"]))
     np.testing.assert_allclose(d_x, golden["g_x"], atol=5e-5 * np.abs(golden["g_x"]).max())
     wanted = leaves(tree("g_"))
     for name, got in leaves(grads).items():
@@ -194,7 +194,8 @@ def test_mamba_step_sizes_start_between_a_thousandth_and_a_tenth():
 @pytest.fixture(scope="module")
 def micro():
     config = models.preset("micro", frames=4, size=(16, 24), num_classes=5, depth=2, drop_path=0.5)
-    return config, *models.init(config, jax.random.key(0))
+    apply, params = models.init(config, jax.random.key(0))
+    return config, jax.jit(apply, static_argnames="output"), params
 
 
 def test_mean_pooling_is_the_mean_of_the_residual_stream(micro):
@@ -211,14 +212,14 @@ def test_mean_pooling_is_the_mean_of_the_residual_stream(micro):
 
 
 def test_scanned_layers_equal_unrolled_ones(micro, monkeypatch):
-    _, apply, params = micro
+    config, apply, params = micro
     video = jax.random.normal(jax.random.key(2), (2, 4, 16, 24, 3))
     for key in (None, jax.random.key(5)):
         unrolled = apply(params, video, key)
         with monkeypatch.context() as patch:
             patch.setattr("stretchysnake_jax.models.videomamba.jax.default_backend", lambda: "gpu")
             # The op's own choice of a backend must not follow the pretence.
-            scanned = apply(params, video, key)
+            scanned = jax.jit(models.make_apply(config))(params, video, key)
         np.testing.assert_allclose(scanned, unrolled, atol=1e-5)
 
 
@@ -242,7 +243,7 @@ def test_drop_path_acts_in_training_only(micro):
 def test_bfloat16_stays_near_float32(micro):
     config, apply, params = micro
     video = jax.random.normal(jax.random.key(2), (2, 4, 16, 24, 3))
-    half = models.make_apply(config, "bfloat16")(params, video)
+    half = jax.jit(models.make_apply(config, "bfloat16"))(params, video)
     assert half.dtype == jnp.float32
     np.testing.assert_allclose(half, apply(params, video), atol=0.05)
 
@@ -250,11 +251,12 @@ def test_bfloat16_stays_near_float32(micro):
 def test_tubelets_and_images():
     config = models.preset("micro", frames=4, tubelet=2, num_classes=3, depth=1)
     apply, params = models.init(config, jax.random.key(0))
-    assert apply(params, jnp.zeros((1, 4, 56, 56, 3))).shape == (1, 3)
+    run = jax.eval_shape  # shapes alone: the numbers are others' business
+    assert run(apply, params, jnp.zeros((1, 4, 56, 56, 3))).shape == (1, 3)
     image = models.preset("micro", frames=None, num_classes=3, depth=1)
     apply, params = models.init(image, jax.random.key(0))
     assert "temporal_pos_embed" not in params
-    assert apply(params, jnp.zeros((1, 1, 56, 56, 3))).shape == (1, 3)
+    assert run(apply, params, jnp.zeros((1, 1, 56, 56, 3))).shape == (1, 3)
 
 
 def test_a_video_of_another_scale_is_refused(micro):

@@ -59,7 +59,7 @@ def test_the_plan_equals_weight_interpolation(tiny_config, variant):
         logits = apply(fit(params, bucket, tiny_config.stretch), video)
         return cross_entropy(logits, batch["label"], 0.1).mean()
 
-    loss, grads = jax.value_and_grad(by_definition)(params)
+    loss, grads = jax.jit(jax.value_and_grad(by_definition))(params)
     _, metrics = TrainStep(tiny_config, 10)(state, batch, bucket)
     assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
     assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-5)
@@ -68,10 +68,11 @@ def test_the_plan_equals_weight_interpolation(tiny_config, variant):
 def test_evaluation_equals_the_definition(tiny_config):
     _, params = models.init(tiny_config.model, jax.random.key(0))
     predict = make_eval_step(tiny_config.model, tiny_config.stretch)
-    for size in ((8, 8), (12, 16), (24, 20)):
+    for size in ((8, 8), (24, 20)):
         bucket = make_bucket("static_tokens", 2, size, tiny_config.model)
         video = make_batch(bucket)["video"]
-        wanted = models.make_apply(tiny_config.model)(
+        apply = jax.jit(models.make_apply(tiny_config.model))
+        wanted = apply(
             fit(params, bucket, tiny_config.stretch), models.normalise(jnp.asarray(video), "clip")
         )
         np.testing.assert_allclose(predict(params, video, bucket), wanted, atol=1e-5)
