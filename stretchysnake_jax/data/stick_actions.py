@@ -61,7 +61,7 @@ def _motion(name: str, seconds: np.ndarray, style: dict, rng: np.random.Generato
     start, rate = rng.uniform(), _FREQUENCY.get(name, 1.0) * rng.uniform(0.85, 1.15)
     phase = 2 * np.pi * (start + seconds * rate)
     way = rng.choice((-1.0, 1.0))  # the side travelled to, or turned to
-    yaw = rng.uniform(-25, 25) + (0 if name in _FRONTAL else way * 90)
+    yaw = rng.uniform(-30, 30) + (0 if name in _FRONTAL else way * 90)
     side = np.array([[1.0], [-1.0]])
     sin, cos = np.sin(phase), np.cos(phase)
     # The cycles linger at their neutral pose, which is the same one, standing, in most classes.
@@ -132,16 +132,16 @@ def _hold_still(name: str, a: dict, rng: np.random.Generator):
     One frame then tells little: a raised arm may be a wave or held, a bent knee a skip or held.
     """
     for arm in {0, 1}.difference(_MOVING_ARMS.get(name, ())):
-        if rng.uniform() < 0.3:
+        if rng.uniform() < 0.4:
             raised, way = rng.uniform(20, 165), rng.permutation(["lift", "swing"])
             a[way[0]][arm], a[way[1]][arm] = raised, 0
             a["fold"][arm], a["elbow"][arm] = 0, rng.uniform(0, 60)
     if name in ("bend", "wave1", "wave2"):
         a["spread"] += rng.uniform(0, 24)
-        if rng.uniform() < 0.3:
+        if rng.uniform() < 0.4:
             a["hip"][0] += rng.uniform(10, 50)
             a["knee"][0] -= rng.uniform(30, 100)
-    if name not in ("bend", "jump") and rng.uniform() < 0.3:
+    if name not in ("bend", "jump") and rng.uniform() < 0.4:
         a["lean"] += rng.uniform(0, 30)
 
 
