@@ -56,7 +56,7 @@ def get_config(arg: str = "") -> Config:
         optim=OptimConfig(
             learning_rate=2e-3, final_learning_rate=4e-5, b2=0.98, clip_norm=1.0, warmup=0.05
         ),
-        train=TrainConfig(steps=1800, log_every=20, checkpoint_every=500),
+        train=TrainConfig(steps=2100, log_every=20, checkpoint_every=500),
     )
     if arg == "debug":
         config.data.stick_actions = StickActionsConfig(

@@ -32,17 +32,24 @@ class Checkpoints:
     Args:
       workdir: of the run; they lie in its folder `checkpoints`.
       keep: newest ones kept; the best by validation top-1 is kept beside them.
+      write: for the run itself. A reader must not clean up what a run is just writing.
+
+    Raises:
+      ConfigError: a reader finds no folder of checkpoints.
     """
 
-    def __init__(self, workdir, keep: int = 3):
+    def __init__(self, workdir, keep: int = 3, write: bool = True):
+        folder = pathlib.Path(workdir).absolute() / FOLDER
+        if not write and not folder.is_dir():
+            raise ConfigError(f"{workdir} holds no checkpoint: train first")
         policies = ocp.training.preservation_policies
         best = policies.BestN(
             get_metric_fn=lambda m: m[BEST_BY], n=1, keep_checkpoints_without_metrics=False
         )
         self._orbax = ocp.training.Checkpointer(
-            pathlib.Path(workdir).absolute() / FOLDER,
+            folder,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=write,
         )
 
     @property

@@ -116,7 +116,9 @@ def main(argv: list[str] | None = None) -> int:
     configure_cpu()  # before anything of JAX starts
     try:
         return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0
-    except (ConfigError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
+    except BrokenPipeError:
+        return 141
+    except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
@@ -127,8 +129,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 141
 
 
 if __name__ == "__main__":

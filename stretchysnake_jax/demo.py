@@ -13,13 +13,15 @@ import multiprocessing
 import os
 import pathlib
 import re
+import signal
 import sys
 import time
+import traceback
 
 from stretchysnake_jax.clock import Progress, duration
 from stretchysnake_jax.config import Config, ConfigError
 
-FRAMES, SIZES = (3, 4, 16), (28, 42, 56, 84, 126)
+FRAMES, SIZES = (3, 4, 16), (28, 35, 56, 84, 126)
 QUICK_FRAMES, QUICK_SIZES = (2, 4, 6), (28, 42)
 # Share of the time by the end of training, of the first grid and of the second, roughly.
 STAGES = (0.75, 0.88, 1.0)
@@ -78,7 +80,12 @@ def work(config: Config, workdir: pathlib.Path, cores: set[int], runs: list, log
                     progress.say(f"waiting for {model}")
                     trained[model].wait()
                 evaluate.run(progress=progress, **run)
-        except (ConfigError, RuntimeError) as error:
+        except KeyboardInterrupt:
+            progress.say("interrupted")
+            status = 130
+        except Exception as error:  # into the log, which the parent quotes; nothing is lost
+            if not isinstance(error, ConfigError) and not getattr(error, "plain", False):
+                traceback.print_exc(file=stream)
             progress.say(f"error: {error}")
             status = 1
         finally:
@@ -136,6 +143,7 @@ def run_all(out: pathlib.Path, quick: bool, progress: Progress) -> int:
         ],
     }
     spawn = multiprocessing.get_context("spawn")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the processes like Ctrl-C
     trained = {name: spawn.Event() for name in MODELS}
     logs = {name: out / f"{name}.log" for name in MODELS}
     processes, start = {}, time.perf_counter()
@@ -148,6 +156,9 @@ def run_all(out: pathlib.Path, quick: bool, progress: Progress) -> int:
     try:
         while any(p.is_alive() for p in processes.values()):
             time.sleep(0.5)
+            for name, p in processes.items():
+                if not p.is_alive():
+                    trained[name].set()  # whoever waits for a dead one must not wait forever
             progress.show(overview(logs, time.perf_counter() - start, quick))
     except KeyboardInterrupt:
         for p in processes.values():
@@ -193,7 +204,7 @@ def verdict(rows: dict[str, list[dict]], quick: bool) -> str:
     if quick:
         lines.append(
             "This was --quick: far too few steps and clips for the numbers to mean anything but\n"
-            "that every part works. Without --quick it takes about 5 minutes and they do."
+            "that every part works. Without --quick it takes about 6 minutes and they do."
         )
         return "\n".join(lines)
     lines.append(
@@ -222,7 +233,9 @@ def main(argv: list[str]) -> int:
         "both at scales never trained on, and says what it shows. About 6 minutes on 2 cores. "
         "Interrupted, the same command continues.",
     )
-    parser.add_argument("--out", default="runs/demo", help="where everything goes")
+    parser.add_argument(
+        "--out", help="where everything goes (default runs/demo, with --quick runs/demo-quick)"
+    )
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -230,7 +243,7 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     start, progress = time.perf_counter(), Progress(every=5.0)
-    out = pathlib.Path(args.out)
+    out = pathlib.Path(args.out or ("runs/demo-quick" if args.quick else "runs/demo"))
     out.mkdir(parents=True, exist_ok=True)
     from stretchysnake_jax import train
 
@@ -270,9 +283,8 @@ def summarise(out: pathlib.Path, quick: bool, took: str) -> int:
         f"Tables: {out}/vanilla/grid.csv, {out}/static_tokens/grid.csv, {out}/vanilla/control.csv"
     )
     print("\nNext:")
-    print(
-        f"  stretchysnake evaluate --workdir {out}/static_tokens --frames 2,5,12 --sizes 35,70,140"
-    )
+    more = "--frames 2,5,12 --sizes 42,70 --name more"
+    print(f"  stretchysnake evaluate --workdir {out}/static_tokens {more}")
     print(f"  stretchysnake predict --workdir {out}/static_tokens VIDEO...")
     print("  stretchysnake train --config configs/stick_actions.py --workdir runs/mine")
     with contextlib.suppress(OSError):

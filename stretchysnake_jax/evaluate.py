@@ -49,7 +49,7 @@ def run(
 ) -> list[dict]:
     """Evaluates a workdir's model and writes NAME.csv, NAME.json and NAME.png into it.
 
-    The tables are written anew after every cell, so an interruption loses one cell at most.
+    NAME.partial.csv and .json grow with every cell, so an interruption loses one cell at most.
 
     Args:
       workdir: of the run.
@@ -84,6 +84,8 @@ def run(
         cell = cells[min(done - 1, clock.total - 1) // len(clips)]
         progress.show(f"evaluating {name}: {cell}, {done}/{clock.total} clips, {clock.left} left")
 
+    # Cells that are done survive an interruption; a finished table is replaced by a whole one.
+    partial = workdir / f"{name}.partial"
     rows = grid.evaluate_grid(
         model.run,
         model.params,
@@ -91,10 +93,13 @@ def run(
         cells,
         stretch,
         batch_size=batch_size,
-        on_cell=lambda rows: grid.write(rows, workdir / name),
+        on_cell=lambda rows: grid.write(rows, partial),
         on_batch=on_batch,
     )
     progress.close()
+    grid.write(rows, workdir / name)
+    for suffix in (".csv", ".json"):
+        partial.with_name(partial.name + suffix).unlink()
     title = f"{workdir.name}: {stretch.variant}, kernel {stretch.kernel_method}"
     plots.heat_maps(workdir / f"{name}.png", [(title, rows)])
     bad = {path: reason for row in rows for path, reason in row["unreadable"]}
@@ -125,6 +130,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--name", default="grid", help="of the files written (default grid)")
     args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch-size is {args.batch_size}: it takes a number >= 1")
     run_config = config_lib.load(pathlib.Path(args.workdir) / "config.json")
     from stretchysnake_jax.buckets import training_buckets
 
@@ -165,8 +172,11 @@ def main(argv: list[str]) -> int:
     )
     print(f"top-1 in %, {rows[0]['clips']} clips (* trained at this scale)\n")
     print(grid.table(rows))
-    print(f"\nmean over unseen cells {100 * grid.mean_top1(rows, trained=False):.1f} %, ", end="")
-    print(f"over trained cells {100 * grid.mean_top1(rows, trained=True):.1f} %")
+    print()
+    for what, trained_cells in (("unseen", False), ("trained", True)):
+        if any(row["trained"] == trained_cells for row in rows):
+            mean = 100 * grid.mean_top1(rows, trained=trained_cells)
+            print(f"mean over {what} cells {mean:.1f} %")
     where = pathlib.Path(args.workdir) / args.name
     print(f"written: {where}.csv, {where}.json, {where}.png")
     return 0

@@ -58,8 +58,8 @@ def evaluate_bucket(
     rows = np.arange(len(labels))
     top = scores.max(1, keepdims=True)
     log_sum = np.log(np.exp(scores - top).sum(1)) + top[:, 0]
-    # A clip's rank counts the classes scored above its own, ties against it.
-    rank = (scores >= scores[rows, labels][:, None]).sum(1)
+    # A clip's rank counts the classes not scored below its own: ties and NaN are against it.
+    rank = (~(scores < scores[rows, labels][:, None])).sum(1)
     return {
         "top1": float((rank <= 1).mean()),
         "top5": float((rank <= 5).mean()),

@@ -7,6 +7,7 @@ model.stretch(frames=32, size=112).features(video)   # fitted to exactly this sc
 
 import dataclasses
 import functools
+import numbers
 import pathlib
 
 import jax
@@ -58,7 +59,6 @@ class Model:
         Raises:
           ConfigError: an unknown method, or sizes that don't fit together.
         """
-        pair = lambda v: (v, v) if isinstance(v, int) else tuple(v)  # noqa: E731
         chosen = method if isinstance(method, dict) else dict.fromkeys(_WEIGHTS, method)
         methods = dataclasses.replace(self.methods)
         for weight, name in chosen.items():
@@ -72,10 +72,10 @@ class Model:
                 setattr(methods, f"{weight}_method", name)
         bucket = make_bucket(
             self.methods.variant,
-            frames or self.config.frames or 1,
-            pair(size) if size is not None else self.config.size,
+            frames if frames is not None else self.config.frames or 1,
+            _pair(size, "size") if size is not None else self.config.size,
             self.config,
-            pair(patch) if patch is not None else None,
+            _pair(patch, "patch") if patch is not None else None,
         )
         return dataclasses.replace(self, methods=methods, bucket=bucket)
 
@@ -144,6 +144,14 @@ class Model:
 _WEIGHTS = ("kernel", "spatial", "temporal")
 
 
+def _pair(value, name: str) -> tuple[int, int]:
+    """A number or (height, width) as (height, width)."""
+    values = (value, value) if isinstance(value, numbers.Integral) else tuple(value)
+    if len(values) != 2 or not all(isinstance(v, numbers.Integral) and v >= 1 for v in values):
+        raise ConfigError(f"{name} is {value!r}: it takes pixels, a number or (height, width)")
+    return int(values[0]), int(values[1])
+
+
 class _Frozen:
     """A configuration as a dictionary key."""
 
@@ -193,7 +201,7 @@ def load(path, *, checkpoint: str = "latest", variant: str | None = None) -> Mod
     if path.is_dir():
         run = config_lib.load(path / "config.json")
         shapes = jax.eval_shape(lambda key: models.init(run.model, key)[1], jax.random.key(0))
-        checkpoints = Checkpoints(path, run.train.keep)
+        checkpoints = Checkpoints(path, write=False)
         params, step = checkpoints.restore_params(shapes, checkpoint)
         checkpoints.close()
         methods = dataclasses.replace(run.stretch, variant=variant or run.stretch.variant)

@@ -56,6 +56,12 @@ def read_video(path, data: DataConfig, choose_bucket) -> tuple[np.ndarray, Bucke
     return frames, bucket
 
 
+def _one(values: list, what: str):
+    if len(values) > 1:
+        raise ConfigError(f"{what} names {len(values)} values: a clip is seen at one scale")
+    return values[0]
+
+
 def main(argv: list[str]) -> int:
     """The command `stretchysnake predict`."""
     parser = argparse.ArgumentParser(
@@ -76,8 +82,8 @@ def main(argv: list[str]) -> int:
     model = model_lib.load(args.workdir, checkpoint=args.checkpoint)
     data = model.run.data if model.run else DataConfig()
     names = model.classes or [str(i) for i in range(model.config.num_classes)]
-    frames = parse_numbers(args.frames, "--frames")[0] if args.frames else None
-    size = parse_sizes(args.size, "--size")[0] if args.size else None
+    frames = _one(parse_numbers(args.frames, "--frames"), "--frames") if args.frames else None
+    size = _one(parse_sizes(args.size, "--size"), "--size") if args.size else None
 
     def choose(height, width):
         near = nearest_bucket(model, height, width)

@@ -5,6 +5,8 @@ stretchysnake train --config configs/stick_actions.py --workdir runs/stick
 
 import argparse
 import dataclasses
+import hashlib
+import json
 import math
 import pathlib
 import signal
@@ -28,7 +30,7 @@ from stretchysnake_jax.step import TrainStep, init_state, make_eval_step
 
 # Fields that may change when a run goes on: they change neither its numbers nor their order.
 FREE = ("data.threads", "data.workers", "data.prefetch", "train.log_every", "train.eval_every")
-FREE += ("train.checkpoint_every", "train.keep", "name")
+FREE += ("train.checkpoint_every", "train.keep", "data.max_unreadable", "name")
 
 
 class TrainingError(RuntimeError):
@@ -56,7 +58,10 @@ def prepare(config: Config, progress: Progress) -> tuple[Config, ClipList, ClipL
             clock.advance(done)
             progress.show(f"rendering {stick.path}: {done}/{total} clips, {clock.left} left")
 
-        stick_actions.make(stick.path, **make, progress=show)
+        try:
+            stick_actions.make(stick.path, **make, progress=show)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         progress.close()
         for split in ("train", "val", "test"):
             setattr(data, split, str(pathlib.Path(stick.path) / f"{split}.txt"))
@@ -74,15 +79,14 @@ def prepare(config: Config, progress: Progress) -> tuple[Config, ClipList, ClipL
     return config, clips, val
 
 
-def claim(workdir: pathlib.Path, config: Config, classes: list[str]) -> None:
-    """Writes the resolved config and the class names, or checks those of a run that goes on.
+def claim(workdir: pathlib.Path, config: Config, classes: list[str], begun: bool) -> None:
+    """Writes the resolved config and the class names; checks the config of a run that has begun.
 
     Raises:
       ConfigError: the workdir belongs to a run with another config.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
-    if path.exists():
+    if begun:
         old, new = config_lib.load(path), config
         for name in config_lib.field_names(new):
             if name not in FREE and _get(old, name) != _get(new, name):
@@ -90,8 +94,15 @@ def claim(workdir: pathlib.Path, config: Config, classes: list[str]) -> None:
                     f"{workdir} holds a run with another config: {name} is {_get(old, name)!r} "
                     f"there and {_get(new, name)!r} now; go on with its own or take a new workdir"
                 )
-    (workdir / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
+    else:
+        (workdir / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
     config_lib.save(config, path)
+
+
+def fingerprint(clips: ClipList) -> str:
+    """A digest of a list: its paths, labels and classes."""
+    text = json.dumps([clips.paths, clips.labels.tolist(), clips.classes])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _get(config: Config, name: str):
@@ -145,19 +156,26 @@ def train(config: Config, workdir, progress: Progress | None = None) -> int:
     steps = cfg.steps or math.ceil(cfg.epochs * len(clips) / config.data.batch_size)
     schedule = make_schedule(config.stretch, config.model, steps, cfg.seed)
     train_step = TrainStep(config, steps)
-    claim(workdir, config, clips.classes)
     # 2. Where it starts: at a checkpoint, at given weights, or at the beginning.
+    workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(workdir, cfg.keep)
-    state, saved = init_state(config, steps), {}
+    claim(workdir, config, clips.classes, begun=bool(checkpoints.steps))
+    state, saved, digest = init_state(config, steps), {}, fingerprint(clips)
     if checkpoints.steps:
         state, saved = checkpoints.restore(state)
+        if saved["clips"] != digest:
+            raise ConfigError(
+                f"{config.data.train} has changed since {workdir} was begun: the run can't go on "
+                "as it was; take a new workdir, with --config.train.init_from for its weights"
+            )
         progress.say(f"continuing {workdir} at step {int(state['step'])} of {steps}")
     elif cfg.init_from:
         state["params"] = initial_params(config, state["params"], progress)
     start = int(state["step"])
     clock = Clock(steps, start, saved.get("elapsed", 0.0))
     tally = pipeline.UnreadableTally(saved.get("unreadable"))
-    learning_rate = make_learning_rate(config.optim, steps)
+    learning_rates = np.asarray(jax.vmap(make_learning_rate(config.optim, steps))(np.arange(steps)))
+    eval_step = make_eval_step(config.model, config.stretch, cfg.dtype)
     log = MetricsLog(workdir / "metrics.jsonl", start)
     progress.say(
         f"{config.name}: {config.stretch.variant}, {models.count(state['params']):,} parameters, "
@@ -165,7 +183,7 @@ def train(config: Config, workdir, progress: Progress | None = None) -> int:
     )
 
     def save(metrics=None):
-        done = {"elapsed": clock.elapsed, "unreadable": tally.state()}
+        done = {"elapsed": clock.elapsed, "unreadable": tally.state(), "clips": digest}
         checkpoints.save(state, done, metrics)
 
     # 3. Step after step. Metrics are read one step late, so the device never waits for the host.
@@ -187,7 +205,7 @@ def train(config: Config, workdir, progress: Progress | None = None) -> int:
                 report(pending, log, progress, clock, cfg.log_every, checkpoints, steps)
             clock.advance(step)
             pending = {"step": step, "bucket": str(bucket), **metrics}
-            pending["learning_rate"] = float(learning_rate(step - 1))
+            pending["learning_rate"] = float(learning_rates[step - 1])
             pending["clips_per_s"] = clock.rate * config.data.batch_size
             pending |= {"data_wait": waited, "unreadable": tally.count}
             pending["compiled"] = train_step.compilations
@@ -196,7 +214,7 @@ def train(config: Config, workdir, progress: Progress | None = None) -> int:
                 report(pending, log, progress, clock, cfg.log_every, checkpoints, steps, True)
                 pending = None
             if validate and val and not stopping:
-                save(validation(config, state, val, step, log, progress))
+                save(validation(config, eval_step, state, val, step, log, progress))
             elif due:
                 save()
             if stopping:
@@ -222,7 +240,8 @@ def report(pending, log, progress, clock, every, checkpoints, steps, force=False
         raise TrainingError(
             f"the loss is {line['loss']}, the gradient norm {line['grad_norm']} at step "
             f"{line['step']}, bucket {line['bucket']}; last good checkpoint: {good}. "
-            "A smaller optim.learning_rate or optim.clip_norm = 1 often helps"
+            "A smaller optim.learning_rate or optim.clip_norm = 1 often helps; try it in a new "
+            "workdir"
         )
     if line["step"] % every == 0 or line["step"] in (1, steps):
         log.write(line)
@@ -234,12 +253,15 @@ def report(pending, log, progress, clock, every, checkpoints, steps, force=False
     )
 
 
-def validation(config: Config, state, val: ClipList, step: int, log, progress) -> dict:
+def validation(config: Config, eval_step, state, val: ClipList, step, log, progress) -> dict:
     """Accuracy on the validation list at the model's base scale."""
     model = config.model
     bucket = make_bucket(config.stretch.variant, model.frames, model.size, model)
-    eval_step = make_eval_step(model, config.stretch, config.train.dtype)
     row = evaluate_bucket(eval_step, state["params"], config.data, val, bucket)
+    tally = pipeline.UnreadableTally()
+    for path, reason in tally.add(row):
+        progress.say(f"unreadable, left out: {path}: {reason}")
+    tally.check(len(val), config.data.max_unreadable)
     found = {"val_top1": row["top1"], "val_top5": row["top5"], "val_loss": row["loss"]}
     log.write({"step": step, "bucket": str(bucket), **found})
     progress.say(

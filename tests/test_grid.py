@@ -40,6 +40,12 @@ def test_scores_equal_a_plain_computation(tiny_config, video_folder):
     rank[2] = 6  # a model that can't tell classes apart isn't right by luck
     assert row["top1"] == np.mean(rank == 1) and row["top5"] == np.mean(rank <= 5)
     assert row["clips_per_s"] > 0
+    given[:] = np.nan  # a model that overflows is wrong, not right
+    seen.clear()
+    row = grid.evaluate_bucket(
+        eval_step, None, tiny_config.data, clips, Bucket(2, 16, 16, (4, 4)), batch_size=4
+    )
+    assert row["top1"] == 0
 
 
 def test_unreadable_clips_are_left_out_of_the_scores(tiny_config, video_folder, tmp_path):
@@ -110,6 +116,7 @@ def test_the_control_keeps_the_grid_of_a_fixed_patch_model(trained, video_folder
         (["--split", "test"], "no test list: give one with --list"),
         (["--variant", "static"], "did you mean 'static_tokens'"),
         (["--list", "nowhere.txt"], "nowhere.txt"),
+        (["--batch-size", "0"], "--batch-size is 0"),
     ],
 )
 def test_wrong_arguments_give_one_sentence(trained, argv, words, capsys):

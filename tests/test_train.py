@@ -128,6 +128,17 @@ def test_another_config_in_the_same_workdir_is_refused(trained, tiny_config):
         train(tiny_config, trained)
 
 
+def test_a_run_whose_list_changed_is_not_continued(video_folder, tiny_config, tmp_path):
+    lines = (video_folder / "clips.txt").read_text().splitlines()
+    lines = [f"{video_folder}/{line}" for line in lines]
+    (tmp_path / "clips.txt").write_text("\n".join(lines))
+    tiny_config.data.train, tiny_config.train.steps = str(tmp_path / "clips.txt"), 1
+    assert train(tiny_config, tmp_path / "run") == 0
+    (tmp_path / "clips.txt").write_text("\n".join(reversed(lines)))
+    with pytest.raises(ConfigError, match=r"clips\.txt has changed since"):
+        train(tiny_config, tmp_path / "run")
+
+
 def test_unreadable_clips_are_named_once_counted_and_left_out(
     video_folder, tiny_config, tmp_path, capsys
 ):
