@@ -66,6 +66,7 @@ def get_config(arg: str = "") -> Config:
             test_subjects=1,
             takes=1,
         )
+        config.stretch.frames = (2,)  # one frame count, one trunk to compile
         config.train.steps = 6
         config.train.log_every = 1
     elif arg:

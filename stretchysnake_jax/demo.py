@@ -22,7 +22,7 @@ from stretchysnake_jax.clock import Progress, duration
 from stretchysnake_jax.config import Config, ConfigError
 
 FRAMES, SIZES = (3, 4, 16), (28, 35, 56, 84, 126)
-QUICK_FRAMES, QUICK_SIZES = (2, 4, 6), (28, 42)
+QUICK_FRAMES, QUICK_SIZES = (2, 4, 6), (42, 56)
 # Share of the time by the end of training, of the first grid and of the second, roughly.
 STAGES = (0.75, 0.88, 1.0)
 MODELS = ("vanilla", "static_tokens")
