@@ -14,10 +14,10 @@ per GPU. The paper starts from masked pretraining (`stretchysnake convert FILE.p
 from stretchysnake_jax.config import (
     Config,
     DataConfig,
-    ModelConfig,
     OptimConfig,
     StretchConfig,
     TrainConfig,
+    preset,
 )
 
 BATCH_SIZE = {
@@ -37,7 +37,7 @@ def get_config(arg: str = "static_tokens") -> Config:
         raise ValueError(f"unknown argument {arg!r}: it takes debug, {', '.join(BATCH_SIZE)}")
     config = Config(
         name=f"k400 {variant}",
-        model=ModelConfig(dim=576, depth=32, frames=64, num_classes=400, drop_path=0.4),
+        model=preset("middle", frames=64, num_classes=400, drop_path=0.4),
         stretch=StretchConfig(variant=variant, frames=(8, 16, 32, 64)),
         data=DataConfig(
             train="k400/train.txt",

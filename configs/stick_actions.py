@@ -10,11 +10,11 @@ grid stays 7x7. `--config.stretch.variant=vanilla` trains on 4 frames at 56 pixe
 from stretchysnake_jax.config import (
     Config,
     DataConfig,
-    ModelConfig,
     OptimConfig,
     StickActionsConfig,
     StretchConfig,
     TrainConfig,
+    preset,
 )
 
 
@@ -22,21 +22,7 @@ def get_config(arg: str = "") -> Config:
     """`arg` is "" or "debug"."""
     config = Config(
         name="stick_actions",
-        model=ModelConfig(
-            dim=64,
-            depth=4,
-            state=8,
-            patch=(8, 8),
-            size=(56, 56),
-            frames=4,
-            num_classes=10,
-            pooling="mean",
-            dt_init="mamba",
-            linear_init_std=None,
-            pos_init_std=0.5,
-            temporal_init_std=0.5,
-            normalise="clip",
-        ),
+        model=preset("micro", frames=4, num_classes=10),
         stretch=StretchConfig(
             variant="static_tokens",
             frames=(2, 4, 8),

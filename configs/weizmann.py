@@ -19,10 +19,10 @@ The model is the demo's micro model, so that it can start from the demo's weight
 from stretchysnake_jax.config import (
     Config,
     DataConfig,
-    ModelConfig,
     OptimConfig,
     StretchConfig,
     TrainConfig,
+    preset,
 )
 
 
@@ -32,21 +32,7 @@ def get_config(arg: str = "") -> Config:
         raise ValueError(f"unknown argument {arg!r} of configs/weizmann.py: it takes debug")
     return Config(
         name="weizmann",
-        model=ModelConfig(
-            dim=64,
-            depth=4,
-            state=8,
-            patch=(8, 8),
-            size=(56, 56),
-            frames=4,
-            num_classes=10,
-            pooling="mean",
-            dt_init="mamba",
-            linear_init_std=None,
-            pos_init_std=0.5,
-            temporal_init_std=0.5,
-            normalise="clip",
-        ),
+        model=preset("micro", frames=4, num_classes=10),
         stretch=StretchConfig(frames=(2, 4, 8), sizes=(28, 56, 112), kernel_method="area"),
         data=DataConfig(
             train="weizmann/train.txt",

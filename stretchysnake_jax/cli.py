@@ -10,7 +10,7 @@ import sys
 
 from stretchysnake_jax.config import Config, ConfigError, field_names, nearest, validate
 
-# name -> (module, words of its own, what it does)
+# name -> (module, what it does)
 COMMANDS = {
     "demo": ("stretchysnake_jax.demo", "the whole path on embedded data: render, train, evaluate"),
     "train": ("stretchysnake_jax.train", "train from a config file"),

@@ -14,7 +14,7 @@ METHODS = ("paper", "pi", "area", "bilinear", "nearest", "lanczos3", "none")
 
 @dataclasses.dataclass
 class ModelConfig:
-    """Shape and initialisation of a VideoMamba encoder; `models.PRESETS` names the published
+    """Shape and initialisation of a VideoMamba encoder; `PRESETS` names the published
     ones."""
 
     dim: int = 192  # channels of a token
@@ -171,6 +171,43 @@ def nearest(name: str, known) -> str:
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}it takes: {', '.join(known)}"
+
+
+# tiny, small, middle and base are the published VideoMamba models; micro is the demo's.
+PRESETS = {
+    "micro": {
+        "dim": 64,
+        "depth": 4,
+        "state": 8,
+        "patch": (8, 8),
+        "size": (56, 56),
+        "pooling": "mean",
+        "dt_init": "mamba",
+        "linear_init_std": None,
+        "pos_init_std": 0.5,
+        "temporal_init_std": 0.5,
+        "normalise": "clip",
+    },
+    "tiny": {"dim": 192, "depth": 24},
+    "small": {"dim": 384, "depth": 24},
+    "middle": {"dim": 576, "depth": 32},
+    "base": {"dim": 768, "depth": 24, "frames": None, "num_classes": 1000},  # images only
+}
+
+
+def preset(name: str, **changes) -> ModelConfig:
+    """The configuration of a preset, with fields changed.
+
+    Raises:
+      ConfigError: an unknown preset or field.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown model {name!r}: {nearest(name, PRESETS)}")
+    fields = [f.name for f in dataclasses.fields(ModelConfig)]
+    for field in changes:
+        if field not in fields:
+            raise ConfigError(f"unknown field model.{field}: {nearest(field, fields)}")
+    return ModelConfig(**{**PRESETS[name], **changes})
 
 
 def _choice(field: str, value: str, known: tuple[str, ...]) -> None:

@@ -15,7 +15,14 @@ import zlib
 import numpy as np
 
 from stretchysnake_jax import torch_file
-from stretchysnake_jax.config import ConfigError, ModelConfig, from_dict, to_dict, validate_model
+from stretchysnake_jax.config import (
+    PRESETS,
+    ConfigError,
+    ModelConfig,
+    from_dict,
+    to_dict,
+    validate_model,
+)
 from stretchysnake_jax.torch_file import CheckpointError, UnsafeCheckpoint
 from stretchysnake_jax.torch_layout import check, flatten, nest, param_shapes, to_state_dict
 from stretchysnake_jax.torch_state import Report, find_state, from_state_dict
@@ -190,8 +197,6 @@ def _read(source: pathlib.Path, options: dict) -> tuple[ModelConfig, dict, list[
 
 def _describe(config: ModelConfig, params: dict) -> list[str]:
     """What was inferred, in words."""
-    from stretchysnake_jax.models import PRESETS  # only here: it imports Flax
-
     shape = {"dim": config.dim, "depth": config.depth, "patch": config.patch}
     names = [
         name

@@ -7,7 +7,6 @@ kernel is resized at test time so that its grid stays.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -287,6 +286,5 @@ def summarise(out: pathlib.Path, quick: bool, took: str) -> int:
     print(f"  stretchysnake evaluate --workdir {out}/static_tokens {more}")
     print(f"  stretchysnake predict --workdir {out}/static_tokens VIDEO...")
     print("  stretchysnake train --config configs/stick_actions.py --workdir runs/mine")
-    with contextlib.suppress(OSError):
-        (out / "summary.txt").write_text(text + "\n")
+    (out / "summary.txt").write_text(text + "\n")
     return 0

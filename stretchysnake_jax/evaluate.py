@@ -7,6 +7,7 @@ import pathlib
 from stretchysnake_jax import config as config_lib
 from stretchysnake_jax import grid, plots
 from stretchysnake_jax import model as model_lib
+from stretchysnake_jax.buckets import training_buckets
 from stretchysnake_jax.clock import Clock, Progress
 from stretchysnake_jax.config import ConfigError
 from stretchysnake_jax.data.lists import read_list
@@ -133,8 +134,6 @@ def main(argv: list[str]) -> int:
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size is {args.batch_size}: it takes a number >= 1")
     run_config = config_lib.load(pathlib.Path(args.workdir) / "config.json")
-    from stretchysnake_jax.buckets import training_buckets
-
     trained = [bucket for bucket, _ in training_buckets(run_config.stretch, run_config.model)]
     frames = (
         parse_numbers(args.frames, "--frames")

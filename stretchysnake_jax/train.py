@@ -187,7 +187,7 @@ def train(config: Config, workdir, progress: Progress | None = None) -> int:
         checkpoints.save(state, done, metrics)
 
     # 3. Step after step. Metrics are read one step late, so the device never waits for the host.
-    pending, step, waited = None, start, 0.0
+    pending, step = None, start
     batches = pipeline.train_batches(config.data, clips, schedule, seed=cfg.seed, start_step=start)
     with StopOnSignal() as stop, batches:
         for step in range(start + 1, steps + 1):
