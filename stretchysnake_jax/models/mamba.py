@@ -8,7 +8,7 @@ that walks from the end give the same numbers.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from stretchysnake_kernels import causal_conv1d, selective_scan
+from stretchysnake_kernels import bidirectional_selective_scan, causal_conv1d
 
 from stretchysnake_jax.config import ModelConfig
 
@@ -47,11 +47,10 @@ class Conv(nnx.Module):
 
 
 class Direction(nnx.Module):
-    """Convolution and selective scan of one direction."""
+    """Parameters of one direction: convolution, step size and scan."""
 
     def __init__(self, config: ModelConfig, dtype, rngs: nnx.Rngs):
         inner, state, rank = config.inner, config.state, config.rank
-        self.rank, self.state = rank, state
         std = config.linear_init_std
         self.conv = Conv(config.conv_width, inner, rngs)
         self.x_proj = linear(inner, rank + 2 * state, std, dtype, rngs)
@@ -65,26 +64,6 @@ class Direction(nnx.Module):
         self.A_log = nnx.Param(jnp.log(jnp.broadcast_to(steps, (inner, state))))
         self.D = nnx.Param(jnp.ones((inner,)))
 
-    def __call__(self, x, z, *, reverse: bool):
-        """Mixes along the length: x and the gate z (B, L, inner) -> (B, L, inner)."""
-        x = causal_conv1d(
-            x, self.conv.kernel[...], self.conv.bias[...], activation="silu", reverse=reverse
-        )
-        dt, B, C = jnp.split(self.x_proj(x), (self.rank, self.rank + self.state), axis=-1)
-        delta = dt @ self.dt_proj.kernel[...].astype(dt.dtype)  # its bias joins inside the scan
-        return selective_scan(
-            x,
-            delta,
-            -jnp.exp(self.A_log[...]),
-            B,
-            C,
-            self.D[...],
-            z,
-            self.dt_proj.bias[...],
-            delta_softplus=True,
-            reverse=reverse,
-        )
-
 
 class BidirectionalMixer(nnx.Module):
     """in_proj -> (forward + backward direction) -> out_proj; the directions are summed, not
@@ -92,6 +71,7 @@ class BidirectionalMixer(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype, rngs: nnx.Rngs):
         inner = config.inner
+        self.rank, self.state = config.rank, config.state
         self.in_proj = linear(config.dim, 2 * inner, config.linear_init_std, dtype, rngs)
         self.forward = Direction(config, dtype, rngs)
         self.backward = Direction(config, dtype, rngs)
@@ -107,5 +87,29 @@ class BidirectionalMixer(nnx.Module):
     def __call__(self, u):
         """Mixes tokens (B, L, dim) -> (B, L, dim)."""
         x, z = jnp.split(self.in_proj(u), 2, axis=-1)
-        y = self.forward(x, z, reverse=False) + self.backward(x, z, reverse=True)
+
+        def both(parameter):  # of the two directions, one behind the other
+            return jnp.stack([parameter(self.forward), parameter(self.backward)])
+
+        def convolve(direction, reverse):
+            kernel, bias = direction.conv.kernel[...], direction.conv.bias[...]
+            return causal_conv1d(x, kernel, bias, activation="silu", reverse=reverse)
+
+        x = jnp.stack([convolve(self.forward, False), convolve(self.backward, True)])
+        x_proj = both(lambda direction: direction.x_proj.kernel[...]).astype(x.dtype)
+        dt, B, C = jnp.split(
+            jnp.einsum("gblc,gcr->gblr", x, x_proj), (self.rank, self.rank + self.state), axis=-1
+        )
+        dt_proj = both(lambda direction: direction.dt_proj.kernel[...]).astype(x.dtype)
+        y = bidirectional_selective_scan(
+            x,
+            jnp.einsum("gblr,grc->gblc", dt, dt_proj),  # its bias joins inside the scan
+            -jnp.exp(both(lambda direction: direction.A_log[...])),
+            B,
+            C,
+            both(lambda direction: direction.D[...]),
+            z,
+            both(lambda direction: direction.dt_proj.bias[...]),
+            delta_softplus=True,
+        )
         return self.out_proj(y)

@@ -1,5 +1,8 @@
 """Selective scan (Mamba-1, S6)."""
 
-from stretchysnake_kernels.selective_scan.api import selective_scan
+from stretchysnake_kernels.selective_scan.api import (
+    bidirectional_selective_scan,
+    selective_scan,
+)
 
-__all__ = ["selective_scan"]
+__all__ = ["bidirectional_selective_scan", "selective_scan"]

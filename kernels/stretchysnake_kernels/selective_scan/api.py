@@ -1,20 +1,42 @@
-"""The one door to the selective scan."""
+"""The one door to the selective scan, of one direction or of both."""
 
 from collections.abc import Sequence
 
 import jax
 
 from stretchysnake_kernels import dispatch
-from stretchysnake_kernels.selective_scan import reference, xla
+from stretchysnake_kernels.selective_scan import native, reference, xla
 
-# A backend takes all arguments by position, the two flags by name, and returns (y, last_state).
+
+def _two_calls(scan):
+    """Makes the bidirectional scan of a backend that knows one direction at a time."""
+
+    def bidirectional(x, delta, A, B, C, D, z, delta_bias, *, delta_softplus):
+        def one(direction, reverse):
+            own = [v if v is None else v[direction] for v in (x, delta, A, B, C, D, delta_bias)]
+            y, _ = scan(*own[:6], z, own[6], None, delta_softplus=delta_softplus, reverse=reverse)
+            return y
+
+        return one(0, False) + one(1, True)
+
+    return bidirectional
+
+
+# A backend takes all arguments by position, the flags by name, and returns (y, last_state).
 IMPLEMENTATIONS = {
+    "native": native.selective_scan,
     "xla": xla.selective_scan,
     "reference": reference.selective_scan,
 }
+# The same without an initial state, with a leading axis of directions; returns y, summed over them.
+BIDIRECTIONAL = {
+    "native": native.bidirectional_selective_scan,
+    "xla": _two_calls(xla.selective_scan),
+    "reference": _two_calls(reference.selective_scan),
+}
 # Tried in this order where the caller names no implementation.
 DEFAULT_ORDER = {
-    "cpu": ("xla", "reference"),
+    "cpu": ("native", "xla", "reference"),
     "gpu": ("xla", "reference"),
     "tpu": ("xla", "reference"),
 }
@@ -71,8 +93,79 @@ def selective_scan(
       ValueError: a shape that does not fit, an empty axis, or an unknown implementation.
       dispatch.Unsupported: no tried implementation takes the call; it says why, for each.
     """
-    op, sizes = "selective_scan", {}
-    x = dispatch.check_array(op, "x", x, "batch length channels", sizes, dispatch.FLOATS)
+    op = "selective_scan"
+    args = _check(op, "batch", x, delta, A, B, C, D, z, delta_bias, initial_state)
+    y, last_state = dispatch.call(
+        op,
+        IMPLEMENTATIONS,
+        DEFAULT_ORDER,
+        implementation,
+        *args,
+        delta_softplus=bool(delta_softplus),
+        reverse=bool(reverse),
+    )
+    return (y, last_state) if return_last_state else y
+
+
+def bidirectional_selective_scan(
+    x: jax.Array,
+    delta: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None = None,
+    z: jax.Array | None = None,
+    delta_bias: jax.Array | None = None,
+    *,
+    delta_softplus: bool = False,
+    implementation: str | Sequence[str] | None = None,
+):
+    """Runs two selective scans over the same tokens, one from each end, and adds their outputs.
+
+    Equal to `selective_scan` of direction 0 plus, with reverse=True, that of direction 1, both with
+    the gate z; a fused backend does it in one launch, without flipped copies.
+
+    Args:
+      x: (2, batch, length, channels), float32, bfloat16, float16 or float64.
+      delta: (2, batch, length, channels), x's dtype; the step size before bias and softplus.
+      A: (2, channels, state), x's dtype or float32.
+      B: (2, batch, length, state), x's dtype.
+      C: (2, batch, length, state), x's dtype.
+      D: (2, channels), x's dtype or float32; the skip. None: no skip.
+      z: (batch, length, channels), x's dtype; the gate of both directions. None: no gate.
+      delta_bias: (2, channels), x's dtype or float32. None: no bias.
+      delta_softplus: whether the step size goes through softplus.
+      implementation: as for `selective_scan`, a name in `BIDIRECTIONAL`.
+
+    Returns:
+      y (batch, length, channels) in x's dtype.
+
+    Raises:
+      TypeError: an argument is no array or has a dtype not listed above.
+      ValueError: a shape that does not fit, an empty axis, or an unknown implementation.
+      dispatch.Unsupported: no tried implementation takes the call; it says why, for each.
+    """
+    op = "bidirectional_selective_scan"
+    args = _check(op, "directions batch", x, delta, A, B, C, D, z, delta_bias, None)[:-1]
+    if args[0].shape[0] != 2:
+        raise ValueError(
+            f"{op}: x has shape {args[0].shape}, takes 2 directions, forward and backward, first"
+        )
+    return dispatch.call(
+        op,
+        BIDIRECTIONAL,
+        DEFAULT_ORDER,
+        implementation,
+        *args,
+        delta_softplus=bool(delta_softplus),
+    )
+
+
+def _check(op, leading, x, delta, A, B, C, D, z, delta_bias, initial_state):
+    """Returns the arguments as JAX arrays or raises one sentence; `leading`: axes before length."""
+    sizes = {}
+    directions = leading.removesuffix("batch")
+    x = dispatch.check_array(op, "x", x, f"{leading} length channels", sizes, dispatch.FLOATS)
     like_x = (x.dtype.name,)
     weight = (x.dtype.name,) if x.dtype.name == "float64" else (x.dtype.name, "float32")
 
@@ -81,23 +174,14 @@ def selective_scan(
             return None
         return dispatch.check_array(op, name, value, axes, sizes, dtypes)
 
-    delta = check("delta", delta, "batch length channels", like_x)
-    A = check("A", A, "channels state", weight)
-    B = check("B", B, "batch length state", like_x)
-    C = check("C", C, "batch length state", like_x)
-    D = check("D", D, "channels", weight, optional=True)
-    z = check("z", z, "batch length channels", like_x, optional=True)
-    delta_bias = check("delta_bias", delta_bias, "channels", weight, optional=True)
-    initial_state = check(
-        "initial_state", initial_state, "batch channels state", weight, optional=True
+    return (
+        x,
+        check("delta", delta, f"{leading} length channels", like_x),
+        check("A", A, f"{directions}channels state", weight),
+        check("B", B, f"{leading} length state", like_x),
+        check("C", C, f"{leading} length state", like_x),
+        check("D", D, f"{directions}channels", weight, optional=True),
+        check("z", z, "batch length channels", like_x, optional=True),
+        check("delta_bias", delta_bias, f"{directions}channels", weight, optional=True),
+        check("initial_state", initial_state, "batch channels state", weight, optional=True),
     )
-    y, last_state = dispatch.call(
-        op,
-        IMPLEMENTATIONS,
-        DEFAULT_ORDER,
-        implementation,
-        *(x, delta, A, B, C, D, z, delta_bias, initial_state),
-        delta_softplus=bool(delta_softplus),
-        reverse=bool(reverse),
-    )
-    return (y, last_state) if return_last_state else y
