@@ -8,7 +8,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stretchysnake_kernels import dispatch, selective_scan
+from stretchysnake_kernels import bidirectional_selective_scan, dispatch, selective_scan
 from stretchysnake_kernels.selective_scan import api, native
 from stretchysnake_kernels.selective_scan.arg_specs import ARG_SPECS, ArgSpec, make_args
 
@@ -429,3 +429,62 @@ def test_errors_name_the_argument(change, error, words):
         selective_scan(**args | change)
     assert str(caught.value).startswith("selective_scan: ")
     assert "\n" not in str(caught.value)
+
+
+# Both directions
+
+
+def both_args(spec):
+    """Arguments of a bidirectional call, as numpy arrays, and a cotangent of its output."""
+    one, other = full_args(spec)[0], full_args(spec, seed=7)[0]
+    args = {name: np.stack([one[name], other[name]]) for name in one if name != "initial_state"}
+    args["z"] = one["z"]
+    return args, np.random.default_rng(3).normal(size=one["x"].shape).astype(np.float32)
+
+
+def two_scans(delta_softplus, implementation, **args):
+    """The definition of the bidirectional scan."""
+
+    def way(index):
+        own = {n: v if n == "z" else v[index] for n, v in args.items()}
+        options = dict(delta_softplus=delta_softplus, implementation=implementation)
+        return selective_scan(**own, **options, reverse=bool(index))
+
+    return way(0) + way(1)
+
+
+@implementations
+@pytest.mark.parametrize("name", ["one_token", "chunk_plus_one", "odd"])
+@pytest.mark.parametrize("kept", [("D", "z", "delta_bias"), ()], ids=["all", "bare"])
+def test_bidirectional_is_two_scans(implementation, name, kept):
+    args, d_y = both_args(SPECS[name])
+    args = {key: args[key] for key in ("x", "delta", "A", "B", "C", *kept)}
+
+    def run(scan, args, d_y, **options):
+        def call(args):
+            return taken(scan, **args, delta_softplus=True, **options)
+
+        @functools.partial(jax.jit, compiler_options=compiler_options(options["implementation"]))
+        def y_and_gradients(args, d_y):
+            y, pullback = jax.vjp(call, args)
+            return y, pullback(d_y)[0]
+
+        return y_and_gradients(args, d_y)
+
+    y, gradients = run(bidirectional_selective_scan, args, d_y, implementation=implementation)
+    with jax.enable_x64(True):
+        wide = {key: np.asarray(value, np.float64) for key, value in args.items()}
+        want, want_gradients = run(two_scans, wide, d_y.astype(float), implementation="reference")
+    assert_close(y, want, name="y")
+    for key, gradient in gradients.items():
+        assert_close(gradient, want_gradients[key], name=f"gradient of {key}")
+
+
+def test_bidirectional_names_a_wrong_axis():
+    args, _ = both_args(SPECS["odd"])
+    with pytest.raises(ValueError, match=r"x has shape \(3, 2, 37, 7\), takes 2 directions"):
+        bidirectional_selective_scan(
+            **{n: v if n == "z" else np.concatenate([v, v[:1]]) for n, v in args.items()}
+        )
+    with pytest.raises(ValueError, match=r"z has shape \(2, 2, 37, 7\), takes \(batch, length"):
+        bidirectional_selective_scan(**args | {"z": np.stack([args["z"]] * 2)})

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from stretchysnake_kernels import causal_conv1d, selective_scan
+from stretchysnake_kernels import bidirectional_selective_scan, causal_conv1d
 
 
 def make_params(width: int, channels: int, state: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -36,31 +36,33 @@ def make_params(width: int, channels: int, state: int, seed: int = 0) -> dict[st
     return {name: value.astype(np.float32) for name, value in params.items()}
 
 
-def mixer(params: dict[str, jax.Array], u: jax.Array) -> jax.Array:
-    """(batch, length, width) -> (batch, length, width)."""
+def mixer(params: dict[str, jax.Array], u: jax.Array, implementation=None) -> jax.Array:
+    """(batch, length, width) -> (batch, length, width); `implementation`: of the scan."""
     normed = u * lax.rsqrt(jnp.mean(jnp.square(u), -1, keepdims=True) + 1e-5) * params["norm"]
     x, z = jnp.split(normed @ params["in_proj"], 2, -1)
     rank, state = params["dt_proj_f"].shape[0], params["A_log_f"].shape[1]
-    total = 0
-    for way in "fb":
-        v = causal_conv1d(
-            x,
-            params["conv_" + way],
-            params["conv_bias_" + way],
-            activation="silu",
-            reverse=way == "b",
-        )
-        low, B, C = jnp.split(v @ params["x_proj_" + way], (rank, rank + state), -1)
-        total += selective_scan(
-            v,
-            low @ params["dt_proj_" + way],
-            -jnp.exp(params["A_log_" + way]),
-            B,
-            C,
-            params["D_" + way],
-            z,
-            params["dt_bias_" + way],
-            delta_softplus=True,
-            reverse=way == "b",
-        )
-    return u + total @ params["out_proj"]
+
+    def both(name):
+        return jnp.stack([params[name + "_f"], params[name + "_b"]])
+
+    def convolve(way):
+        weight, bias = params["conv_" + way], params["conv_bias_" + way]
+        return causal_conv1d(x, weight, bias, activation="silu", reverse=way == "b")
+
+    x = jnp.stack([convolve(way) for way in "fb"])
+    low, B, C = jnp.split(
+        jnp.einsum("gblc,gcr->gblr", x, both("x_proj")), (rank, rank + state), axis=-1
+    )
+    y = bidirectional_selective_scan(
+        x,
+        jnp.einsum("gblr,grc->gblc", low, both("dt_proj")),
+        -jnp.exp(both("A_log")),
+        B,
+        C,
+        both("D"),
+        z,
+        both("dt_bias"),
+        delta_softplus=True,
+        implementation=implementation,
+    )
+    return u + y @ params["out_proj"]

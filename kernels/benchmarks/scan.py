@@ -3,17 +3,17 @@
 Everything is interleaved in one process: each round runs every contender once, so that what else
 the machine does hits all alike. Ratios are the less flattering of those of the medians and of the
 minima, because threads that wait for each other (those of PyTorch and of the floor) lose most on a
-busy machine. The bars are those the project holds itself to on two AVX-512 cores.
+busy machine. The bars are those the project holds itself to on two AVX-512 cores: one set for the
+plain JAX implementation, a higher one for the native.
 """
 
 import argparse
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
-import os
 import pathlib
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +21,10 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 from stretchysnake_bench import floor, mixer
+from stretchysnake_bench.machine import Others, Progress, cores, describe_machine
 from stretchysnake_kernels import configure_cpu, selective_scan
+from stretchysnake_kernels.dispatch import Unsupported
+from stretchysnake_kernels.selective_scan.api import IMPLEMENTATIONS
 from stretchysnake_kernels.selective_scan.arg_specs import ARG_SPECS, ArgSpec, make_args
 
 SPECS = {spec.name: spec for spec in ARG_SPECS if spec.bench}
@@ -29,21 +32,34 @@ WARM_UPS = 2  # the first call after idle takes half as long again
 BUSY = 0.05  # share of the machine that others may use before the ratios stop to mean much
 PATIENCE = 5.0  # seconds; a contender that takes longer once it is warm runs one round only
 FORWARD, BACK = "forward", "forward+backward"
-OURS, FLOOR = "stretchysnake", "C++ floor"
-# (what, pass, contender) -> {shape: bar}. Contenders: at least so many times our time. Floor: our
-# time is at most so many times the floor's.
+FLOOR = "C++ floor"
+# implementation -> (what, pass, contender) -> {shape: bar}. Contenders: at least so many times our
+# time. Floor: our time is at most so many times the floor's.
 BARS = {
-    ("scan", FORWARD, "torch loop"): {"S": 4.5, "M": 4.5, "XL": 4.5, "L": 12},
-    ("scan", BACK, "torch loop"): {"S": 3.5, "M": 3.5, "XL": 3.5, "L": 12},
-    ("scan", FORWARD, "mamba-ssm ref"): {"S": 20},
-    ("scan", FORWARD, "mambapy"): {"S": 45},
-    ("scan", BACK, "mambapy"): {"S": 25},
-    ("scan", FORWARD, FLOOR): {"S": 2.5, "M": 2.5, "XL": 2.5, "L": 3.5},
-    ("scan", BACK, FLOOR): {"S": 4, "M": 4, "XL": 4, "L": 5},
-    ("block", BACK, "torch loop"): {"M": 3.5},
-    ("block", BACK, "mambapy"): {"M": 25},
+    "xla": {
+        ("scan", FORWARD, "torch loop"): {"S": 4.5, "M": 4.5, "XL": 4.5, "L": 12},
+        ("scan", BACK, "torch loop"): {"S": 3.5, "M": 3.5, "XL": 3.5, "L": 12},
+        ("scan", FORWARD, "mamba-ssm ref"): {"S": 20},
+        ("scan", FORWARD, "mambapy"): {"S": 45},
+        ("scan", BACK, "mambapy"): {"S": 25},
+        ("scan", FORWARD, FLOOR): {"S": 2.5, "M": 2.5, "XL": 2.5, "L": 3.5},
+        ("scan", BACK, FLOOR): {"S": 4, "M": 4, "XL": 4, "L": 5},
+        ("block", BACK, "torch loop"): {"M": 3.5},
+        ("block", BACK, "mambapy"): {"M": 25},
+    },
+    "native": {
+        ("scan", FORWARD, "torch loop"): {"S": 10, "M": 10, "XL": 10, "L": 40},
+        ("scan", BACK, "torch loop"): {"S": 10, "M": 10, "XL": 10, "L": 40},
+        ("scan", FORWARD, "mamba-ssm ref"): {"S": 40},
+        ("scan", FORWARD, "mambapy"): {"S": 100},
+        ("scan", BACK, "mambapy"): {"S": 80},
+        ("scan", FORWARD, FLOOR): {"S": 1.2, "M": 1.2, "XL": 1.2, "L": 1.2},
+        ("scan", BACK, FLOOR): {"S": 1.2, "M": 1.2, "XL": 1.2, "L": 1.2},
+        ("block", BACK, "torch loop"): {"M": 6},
+        ("block", BACK, "mambapy"): {"M": 45},
+    },
 }
-MEMORY_BAR = 6  # temporary memory of forward+backward, in sizes of x
+MEMORY_BAR = {"xla": 6, "native": 1}  # temporary memory of forward+backward, in sizes of x
 MEMORY_SHARE_BAR = 1 / 8  # of what the torch loop keeps for its backward
 
 
@@ -67,8 +83,9 @@ def scan_bytes(spec: ArgSpec, step: str) -> int:
     return 4 * (forward if step == FORWARD else forward + backward)
 
 
-def jax_jobs(what: str, function: Callable, args, d_y: np.ndarray) -> list[Job]:
-    """Compiles `function(args)` and its gradients with respect to all of `args`."""
+def jax_jobs(what: str, name: str, function: Callable, args, d_y: np.ndarray) -> list[Job]:
+    """Compiles `function(args, name)` and its gradients with respect to all of `args`."""
+    function = functools.partial(function, implementation=name)
     args, d_y = jax.tree.map(jax.numpy.asarray, (args, d_y))
 
     def forward_and_back(args, d_y):
@@ -82,8 +99,8 @@ def jax_jobs(what: str, function: Callable, args, d_y: np.ndarray) -> list[Job]:
         return compiled.memory_analysis().temp_size_in_bytes
 
     return [
-        Job(what, FORWARD, OURS, lambda: wait(forward(args)), temporary(forward)),
-        Job(what, BACK, OURS, lambda: wait(both(args, d_y))[0], temporary(both)),
+        Job(what, FORWARD, name, lambda: wait(forward(args)), temporary(forward)),
+        Job(what, BACK, name, lambda: wait(both(args, d_y))[0], temporary(both)),
     ]
 
 
@@ -140,35 +157,45 @@ def _with_input(mixer_function):
 def floor_jobs(args, d_y: np.ndarray, say) -> list[Job]:
     """Returns the C++ contender, or says in one line why there is none."""
     try:
-        machine = floor.Floor(args, d_y, threads=cores())
+        lower = floor.Floor(args, d_y, threads=cores())
     except floor.Unavailable as reason:
         say(f"{FLOOR}: not measured, {reason}.")
         return []
 
     def run(method):
         method()
-        return machine.y
+        return lower.y
 
     return [
-        Job("scan", FORWARD, FLOOR, lambda: run(machine.forward)),
-        Job("scan", BACK, FLOOR, lambda: run(machine.forward_and_back)),
+        Job("scan", FORWARD, FLOOR, lambda: run(lower.forward)),
+        Job("scan", BACK, FLOOR, lambda: run(lower.forward_and_back)),
     ]
 
 
-def make_jobs(what: str, spec: ArgSpec, quick: bool, say) -> list[Job]:
+def our_scan(args, implementation):
+    return selective_scan(**args, delta_softplus=True, implementation=implementation)
+
+
+def our_block(args, implementation):
+    return mixer.mixer(args, args["u"], implementation)
+
+
+def make_jobs(what: str, spec: ArgSpec, ours: Sequence[str], quick: bool, say) -> list[Job]:
     """Builds every contender of one shape: of the scan, or of the block that holds two scans."""
     rng = np.random.default_rng(1)
     if what == "scan":
-        args = make_args(spec)
+        args, function = make_args(spec), our_scan
         d_y = rng.normal(size=args["x"].shape).astype(np.float32)
-        ours = jax_jobs(what, lambda a: selective_scan(**a, delta_softplus=True), args, d_y)
-        return ours + torch_jobs(what, spec, args, d_y, quick, say) + floor_jobs(args, d_y, say)
-    width = spec.channels // 2
-    u = rng.normal(size=(spec.batch, spec.length, width)).astype(np.float32)
-    args = mixer.make_params(width, spec.channels, spec.state) | {"u": u}
-    d_y = rng.normal(size=u.shape).astype(np.float32)
-    ours = jax_jobs(what, lambda a: mixer.mixer(a, a["u"]), args, d_y)
-    return ours + torch_jobs(what, spec, args, d_y, quick, say)
+    else:
+        width, function = spec.channels // 2, our_block
+        u = rng.normal(size=(spec.batch, spec.length, width)).astype(np.float32)
+        args = mixer.make_params(width, spec.channels, spec.state) | {"u": u}
+        d_y = rng.normal(size=u.shape).astype(np.float32)
+    jobs = []
+    for name in ours:
+        jobs += jax_jobs(what, name, function, args, d_y)
+    jobs += torch_jobs(what, spec, args, d_y, quick, say)
+    return jobs + floor_jobs(args, d_y, say) if what == "scan" else jobs
 
 
 def measure(jobs: list[Job], rounds: int, progress, say) -> None:
@@ -199,54 +226,64 @@ def measure(jobs: list[Job], rounds: int, progress, say) -> None:
         progress(turn + 1, WARM_UPS + rounds)
 
 
-def table_rows(spec: ArgSpec, jobs: list[Job]) -> list[dict]:
-    """Returns one row per job, with its ratio to ours and the bar where the project has one."""
+def table_rows(spec: ArgSpec, jobs: list[Job], ours: Sequence[str]) -> list[dict]:
+    """Returns a row for each job's times, then one for each of our implementations and a peer."""
     rows = []
-    ours = {job.step: job for job in jobs if job.name == OURS}
-    for job in sorted(jobs, key=lambda job: job.step):  # stable: ours stays first
-        best, median = min(job.seconds), float(np.median(job.seconds))
-        mine = ours[job.step]
-        ratios = (median / np.median(mine.seconds), best / min(mine.seconds))
-        row = {
-            "what": job.what,
-            "shape": spec.name,
-            "pass": job.step,
-            "name": job.name,
-            "min_ms": 1e3 * best,
-            "median_ms": 1e3 * median,
-            "rounds": len(job.seconds),
-            "memory_bytes": job.memory,
-        }
-        bar = BARS.get((job.what, job.step, job.name), {}).get(spec.name)
-        if job.what == "scan":
-            row["bytes_per_second"] = scan_bytes(spec, job.step) / median
-        if job.name == FLOOR:
-            row |= {"ratio": float(1 / min(ratios)), "bar": bar, "bar_is": "at most"}
-        elif job.name != OURS:
-            row |= {"ratio": float(min(ratios)), "bar": bar, "bar_is": "at least"}
-        rows.append(row)
-        if job.what == "scan" and job.step == BACK and job.name in (OURS, "torch loop"):
-            rows.append(memory_row(spec, job, mine))
-    for row in rows:
-        if row.get("bar") is not None:
-            at_least = row["bar_is"] == "at least"
-            row["holds"] = row["ratio"] >= row["bar"] if at_least else row["ratio"] <= row["bar"]
+    for step in (FORWARD, BACK):
+        here = {job.name: job for job in jobs if job.step == step}
+        for job in here.values():
+            median = float(np.median(job.seconds))
+            row = {"what": job.what, "shape": spec.name, "pass": step, "name": job.name}
+            row |= {"min_ms": 1e3 * min(job.seconds), "median_ms": 1e3 * median}
+            row |= {"rounds": len(job.seconds), "memory_bytes": job.memory}
+            if job.what == "scan":
+                row["bytes_per_second"] = scan_bytes(spec, step) / median
+            rows.append(row)
+        for mine in (here[name] for name in ours):
+            peers = [job for name, job in here.items() if name not in ours]
+            rows += [ratio_row(spec, mine, peer) for peer in peers]
+            if mine.what == "scan" and step == BACK:
+                rows += memory_rows(spec, mine, here.get("torch loop"))
     return rows
 
 
-def memory_row(spec: ArgSpec, job: Job, mine: Job) -> dict:
-    """Compares our temporary memory with the size of x, or with what the torch loop keeps."""
-    if job is mine:
-        name, whole, bar = "memory / x", 4 * spec.elements, MEMORY_BAR
-    else:
-        name, whole, bar = "memory / torch loop's", job.memory, MEMORY_SHARE_BAR
-    row = {"what": "scan", "shape": spec.name, "pass": BACK, "name": name}
-    return row | {"ratio": mine.memory / whole, "bar": bar, "bar_is": "at most"}
+def ratio_row(spec: ArgSpec, mine: Job, peer: Job) -> dict:
+    """Compares one of our implementations with a peer, or with the floor."""
+    ratios = (
+        np.median(peer.seconds) / np.median(mine.seconds),
+        min(peer.seconds) / min(mine.seconds),
+    )
+    bar = BARS.get(mine.name, {}).get((mine.what, mine.step, peer.name), {}).get(spec.name)
+    row = {"what": mine.what, "shape": spec.name, "pass": mine.step}
+    if peer.name == FLOOR:
+        row |= {"name": f"{mine.name} / {FLOOR}", "ratio": float(1 / min(ratios))}
+        return judge(row, bar, "at most")
+    row |= {"name": f"{peer.name} / {mine.name}", "ratio": float(min(ratios))}
+    return judge(row, bar, "at least")
+
+
+def memory_rows(spec: ArgSpec, mine: Job, torch_loop: Job | None) -> list[dict]:
+    """Compares our temporary memory with the size of x, and with what the torch loop keeps."""
+    row = {"what": "scan", "shape": spec.name, "pass": BACK}
+    whole = row | {"name": f"{mine.name}: memory / x", "ratio": mine.memory / (4 * spec.elements)}
+    rows = [judge(whole, MEMORY_BAR.get(mine.name), "at most")]
+    if torch_loop is not None:
+        share = {"name": f"{mine.name}: memory / torch", "ratio": mine.memory / torch_loop.memory}
+        rows.append(judge(row | share, MEMORY_SHARE_BAR, "at most"))
+    return rows
+
+
+def judge(row: dict, bar: float | None, bar_is: str) -> dict:
+    """Adds the bar and whether it holds, where there is one."""
+    if bar is None:
+        return row
+    holds = row["ratio"] >= bar if bar_is == "at least" else row["ratio"] <= bar
+    return row | {"bar": bar, "bar_is": bar_is, "holds": bool(holds)}
 
 
 def format_row(row: dict) -> str:
     """Returns one line of the table."""
-    cells = [f"{row['what']:5} {row['shape']:3} {row['pass']:16} {row['name']:21}"]
+    cells = [f"{row['what']:5} {row['shape']:3} {row['pass']:16} {row['name']:23}"]
     if "median_ms" in row:
         rate = row.get("bytes_per_second")
         memory = row["memory_bytes"]
@@ -264,85 +301,37 @@ def format_row(row: dict) -> str:
 
 
 HEADER = (
-    f"{'what':5} {'':3} {'pass':16} {'':21} {'min ms':>9} {'median ms':>9} {'GB/s':>6} "
+    f"{'what':5} {'':3} {'pass':16} {'':23} {'min ms':>9} {'median ms':>9} {'GB/s':>6} "
     f"{'MiB':>8} {'ratio':>8} bar"
 )
 
 
-def bytes_per_token(length: int) -> float:
+def bytes_per_token(name: str, length: int) -> float:
     """Returns the temporary bytes per token of forward+backward, from the compiled program."""
-    spec = ArgSpec("", 1, length, 384)
-    args = make_args(spec)
-    both = jax_jobs("scan", lambda a: selective_scan(**a, delta_softplus=True), args, args["x"])[1]
-    return both.memory / length
+    args = make_args(ArgSpec("", 1, length, 384))
+    return jax_jobs("scan", name, our_scan, args, args["x"])[1].memory / length
 
 
-def cores() -> int:
-    """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class Others:
-    """Measures, from its making to `share()`, how much of the machine other processes used."""
-
-    def __init__(self):
-        self._start = self._read()
-
-    def share(self) -> float | None:
-        """Returns a fraction of all cores, or None where the system does not tell."""
-        if self._start is None:
-            return None
-        total, busy, own = (b - a for a, b in zip(self._start, self._read(), strict=True))
-        return max(0.0, busy - own) / total if total > 0 else 0.0
-
-    def _read(self) -> tuple[float, float, float] | None:
-        """Seconds since boot of all cores: passed, busy (stolen by a host included), ours."""
+def usable(names: Sequence[str], say) -> list[str]:
+    """Returns those of our implementations that run here, and says why the others do not."""
+    args, left = make_args(ArgSpec("", 1, 8, 32)), []
+    for name in names:
         try:
-            cpu = pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
-        except OSError:  # no Linux
-            return None
-        ticks = [int(value) / os.sysconf("SC_CLK_TCK") for value in cpu]
-        return sum(ticks), sum(ticks) - ticks[3] - ticks[4], time.process_time()
-
-
-def describe_machine() -> dict:
-    """Returns what a reader needs to judge the numbers."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
-    versions = {}
-    for package in ("jax", "torch", "mambapy"):
-        if importlib.util.find_spec(package):
-            versions[package] = importlib.metadata.version(package)
-    return {"cpu": cpu, "cores": cores(), "versions": versions}
-
-
-class Progress:
-    """Says how far a run is and how long the rest takes, on stderr.
-
-    Args:
-      weights: the expected share of each part of the run, in order.
-    """
-
-    def __init__(self, weights: Sequence[float]):
-        self._weights, self._part, self._start = list(weights), -1, time.perf_counter()
-
-    def next_part(self, title: str) -> None:
-        self._part += 1
-        self._title = title
-
-    def __call__(self, done: int, rounds: int) -> None:
-        finished = sum(self._weights[: self._part]) + self._weights[self._part] * done / rounds
-        left = (time.perf_counter() - self._start) * (sum(self._weights) / finished - 1)
-        print(f"{self._title}: round {done}/{rounds}, ~{left:.0f} s left", file=sys.stderr)
+            jax.eval_shape(functools.partial(our_scan, implementation=name), args)
+            left.append(name)
+        except Unsupported as reason:
+            say(f"{name}: not measured, {reason}.")
+    return left
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs `stretchysnake bench scan`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="stretchysnake bench scan", description=__doc__)
     parser.add_argument("--shapes", default="S,M,L,XL", help=f"of {', '.join(SPECS)}")
+    parser.add_argument(
+        "--implementations",
+        help=f"ours to time, of {', '.join(IMPLEMENTATIONS)}; default: all but the reference",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds after 2 warm-ups")
     parser.add_argument("--json", type=pathlib.Path, help="also write the results to this file")
     parser.add_argument("--quick", action="store_true", help="a small shape, for seconds")
@@ -351,6 +340,11 @@ def main(argv: Sequence[str]) -> int:
     unknown = [name for name in names if name not in SPECS]
     if unknown:
         parser.error(f"--shapes has {', '.join(unknown)}, takes some of {', '.join(SPECS)}")
+    wanted = options.implementations or ",".join(n for n in IMPLEMENTATIONS if n != "reference")
+    unknown = [name for name in wanted.split(",") if name not in IMPLEMENTATIONS]
+    if unknown:
+        takes = ", ".join(IMPLEMENTATIONS)
+        parser.error(f"--implementations has {', '.join(unknown)}, takes some of {takes}")
     if options.rounds < 1:
         parser.error(f"--rounds is {options.rounds}, takes at least 1")
 
@@ -361,6 +355,11 @@ def main(argv: Sequence[str]) -> int:
     for note in setup.notes:
         print(note)
 
+    ours = usable(wanted.split(","), print)
+    if not ours:
+        print("None of the implementations runs here.", file=sys.stderr)
+        return 1
+
     # The block holds two scans and the matrix products around them.
     parts = [("scan", SPECS[name]) for name in names]
     parts += [("block", SPECS[name]) for name in names if name in ("XS", "M")]
@@ -370,20 +369,23 @@ def main(argv: Sequence[str]) -> int:
         sizes = (spec.batch, spec.length, spec.channels, spec.state)
         print(f"\n{what} {spec.name}: batch, length, channels, state = {sizes}, float32")
         progress.next_part(f"{what} {spec.name}")
-        jobs = make_jobs(what, spec, options.quick, print)
+        jobs = make_jobs(what, spec, ours, options.quick, print)
         others = Others()
         measure(jobs, options.rounds, progress, print)
         share = others.share()
         print(HEADER)
-        rows += (fresh := [row | {"others_share": share} for row in table_rows(spec, jobs)])
+        rows += (fresh := [row | {"others_share": share} for row in table_rows(spec, jobs, ours)])
         print("\n".join(map(format_row, fresh)))
         if share is not None and share > BUSY:
             print(f"Other processes used {share:.0%} of the machine meanwhile: measure again.")
 
-    growth = {length: bytes_per_token(length) for length in (1024, 8192)}
+    growth = {name: {n: bytes_per_token(name, n) for n in (1024, 8192)} for name in ours}
     print("\nTemporary memory of the scan's forward+backward, per token of 384 channels:")
-    for length, size in growth.items():
-        print(f"  {length:5} tokens: {size:6.0f} bytes per token, {size / (4 * 384):.2f} times x")
+    for name, sizes in growth.items():
+        for length, size in sizes.items():
+            print(
+                f"  {name:9} {length:5} tokens: {size:6.0f} bytes, {size / (4 * 384):.2f} times x"
+            )
     missed = [row for row in rows if row.get("holds") is False]
     judged = [row for row in rows if "holds" in row]
     print(f"{len(judged) - len(missed)} of {len(judged)} bars hold.")

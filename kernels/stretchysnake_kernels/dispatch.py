@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 
@@ -95,6 +96,7 @@ def call(
                 f"{op}: unknown implementation {name!r}, takes one of {sorted(registry)}; "
                 f"did you mean {near[0]!r}?"
             )
+    args = vary_alike(*args)
     reasons = []
     for name in names:
         try:
@@ -102,3 +104,37 @@ def call(
         except Unsupported as reason:
             reasons.append(f"{name}: {reason}")
     raise Unsupported(f"{op}: no implementation takes this call ({'; '.join(reasons)})")
+
+
+def vary_alike(*values):
+    """Returns the values, each varying over every manual mesh axis that one of them varies over.
+
+    `jax.shard_map` with check_vma=True keeps a type for this and wants one type from a loop's carry
+    (so that a carry that starts as a constant needs this cast) and from the two sides of a gradient
+    rule. The cast moves no data; its transpose sums a gradient over the axes that were added.
+    Elsewhere nothing varies, and the values come back as they are. None stays None.
+    """
+    leaves, tree = jax.tree.flatten(values)
+    varying = [jax.typeof(leaf).mat.varying for leaf in leaves]
+    axes = frozenset().union(*varying)
+    return jax.tree.unflatten(
+        tree,
+        [
+            lax.pcast(leaf, tuple(sorted(axes - own)), to="varying")
+            for leaf, own in zip(leaves, varying, strict=True)
+        ],
+    )
+
+
+def axis_size(op: str, axis_name: str) -> int:
+    """Returns how many shards a mesh axis has, inside `jax.shard_map`.
+
+    Raises:
+      ValueError: `axis_name` is no axis of a `jax.shard_map` around the call.
+    """
+    try:
+        return lax.axis_size(axis_name)
+    except (NameError, ValueError) as error:
+        raise ValueError(
+            f"{op}: axis_name is {axis_name!r}, takes an axis of a jax.shard_map around the call"
+        ) from error

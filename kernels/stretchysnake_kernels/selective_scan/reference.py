@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from stretchysnake_kernels import dispatch
+
 
 def selective_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, *, delta_softplus, reverse):
     """Computes what `api.selective_scan` documents; the state is float32, or float64 for float64 x.
@@ -21,6 +23,7 @@ def selective_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, *, delta_
     batch, _, channels = x.shape
     if initial_state is None:
         initial_state = jnp.zeros((batch, channels, A.shape[1]), accumulate)
+        initial_state, _ = dispatch.vary_alike(initial_state, x)
 
     def step(state, token):
         x_t, dt_t, B_t, C_t = token  # (batch, channels) twice, (batch, state) twice

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from stretchysnake_kernels.dispatch import Unsupported
+from stretchysnake_kernels.dispatch import Unsupported, vary_alike
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -57,6 +57,7 @@ def _forward(args, delta_softplus, reverse, save):
     dt = _step_size(delta, delta_bias, delta_softplus)
     if initial_state is None:
         start = jnp.zeros((x.shape[0], A.shape[1], x.shape[2]), jnp.float32)
+        start, _ = vary_alike(start, x)
     else:
         start = jnp.swapaxes(initial_state.astype(jnp.float32), 1, 2)
     scanned, last, checkpoints = _walk(dt, x, _log2_decay(A), B, C, start, reverse, save)
@@ -139,7 +140,7 @@ def _walk(dt, x, decay, B, C, state, reverse, save):
         h = exp2(dt_t[:, None] * decay) * h + _outer(_token(B, t), dt_t * _token(x, t))
         return h, _put(y, _sum_states(h, _token(C, t)), t, axis=1)
 
-    y = lax.empty(x.shape, jnp.float32)
+    y = _empty(x.shape, x)
     if not save:
         last, y = lax.fori_loop(0, length, step, (state, y))
         return y, last, None
@@ -153,7 +154,7 @@ def _walk(dt, x, decay, B, C, state, reverse, save):
         checkpoints = _put(checkpoints, h, c, axis=0)
         return *lax.fori_loop(c * chunk, end, step, (h, y)), checkpoints
 
-    checkpoints = lax.empty((chunks, *state.shape), jnp.float32)
+    checkpoints = _empty((chunks, *state.shape), x)
     last, y, checkpoints = lax.fori_loop(0, chunks, walk_chunk, (state, y, checkpoints))
     return y, last, checkpoints
 
@@ -238,9 +239,9 @@ def _walk_back(dt, x, decay, B, C, d_y, d_state, checkpoints, reverse):
 
     carry = (
         d_state.astype(jnp.float32),
-        jnp.zeros(d_state.shape, jnp.float32),
-        lax.empty((chunk, *d_state.shape), jnp.float32),
-        *(lax.empty(value.shape, jnp.float32) for value in (dt, x, B, C)),
+        jnp.zeros_like(d_state, jnp.float32),
+        _empty((chunk, *d_state.shape), x),
+        *(_empty(value.shape, x) for value in (dt, x, B, C)),
     )
     g, d_A, _, d_dt, d_x, d_B, d_C = lax.fori_loop(0, chunks, walk_chunk, carry)
     # d_C so far saw the kept part of the state only.
@@ -303,6 +304,11 @@ def _log2_decay(A):
 
 def _chunk_length(length, states):
     return min(length, max(CHUNK, states))
+
+
+def _empty(shape, like):
+    """Returns a float32 buffer for a loop to fill, varying over mesh axes as `like` does."""
+    return vary_alike(lax.empty(shape, jnp.float32), like)[0]
 
 
 def _token(values, t):
