@@ -8,7 +8,7 @@ with an axis of tokens travels), and every shard scans again from its true first
 The gradient walks the shards in the opposite order by a rule of its own: the gradient of a state
 obeys such a recurrence too, so that one more forward scan yields what each shard adds to it.
 Differentiating both scans instead would run the backward kernel twice, which costs 3 to 5 times as
-much as a forward one, and keep what both need: 1.6 to 1.8 times the time and twice the memory.
+much as a forward one, and keep what both need: 1.5 to 1.8 times the time and twice the memory.
 """
 
 import functools
