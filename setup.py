@@ -13,7 +13,15 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 FOLDER = pathlib.Path("kernels/stretchysnake_kernels/selective_scan/native_cpp")
-FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-w"]
+FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++17",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-w",
+]
 AVX2 = ["-mavx2", "-mfma"]
 # The kernels are compiled once for each set of instructions; the processor chooses at run time.
 INSTRUCTIONS = {

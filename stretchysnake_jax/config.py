@@ -8,6 +8,8 @@ import difflib
 import json
 import pathlib
 
+from stretchysnake_jax.whole_file import whole_file
+
 VARIANTS = ("vanilla", "temporal", "spatial", "flexivit", "flex_all", "static_tokens")
 METHODS = ("paper", "pi", "area", "bilinear", "nearest", "lanczos3", "none")
 
@@ -334,10 +336,8 @@ def from_dict(cls, values: dict, where: str = ""):
 
 def save(config: Config, path) -> None:
     """Writes `config` as JSON, whole or not at all."""
-    path = pathlib.Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    part.replace(path)
+    with whole_file(path) as part:
+        part.write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def load(path) -> Config:

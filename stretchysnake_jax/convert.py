@@ -4,10 +4,8 @@ torch isn't needed for either direction, and nothing that a file holds is run.
 """
 
 import argparse
-import contextlib
 import json
 import logging
-import os
 import pathlib
 import zipfile
 import zlib
@@ -26,6 +24,7 @@ from stretchysnake_jax.config import (
 from stretchysnake_jax.torch_file import CheckpointError, UnsafeCheckpoint
 from stretchysnake_jax.torch_layout import check, flatten, nest, param_shapes, to_state_dict
 from stretchysnake_jax.torch_state import Report, find_state, from_state_dict
+from stretchysnake_jax.whole_file import whole_file
 
 __all__ = [
     "CheckpointError",
@@ -88,18 +87,6 @@ def load_videomamba(path, **options) -> tuple[ModelConfig, dict]:
     return config, params
 
 
-@contextlib.contextmanager
-def _whole(path: pathlib.Path):
-    """Gives a file to write that becomes `path` when all went well, and vanishes if not."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as stream:
-            yield stream
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def save_torch(path, config: ModelConfig, params: dict) -> None:
     """Writes a flat state dict that torch.load reads, with weights_only=True too; whole or not."""
     torch_file.write(path, to_state_dict(config, params))
@@ -114,7 +101,7 @@ def save(path, config: ModelConfig, params: dict) -> None:
     flat = {name: np.asarray(array) for name, array in flatten(params).items()}
     check("the parameters don't fit the configuration", flatten(param_shapes(config)), flat)
     flat = {name: array.astype(np.float32) for name, array in flat.items()}
-    with _whole(pathlib.Path(path)) as stream:
+    with whole_file(path) as part, part.open("wb") as stream:
         np.savez(stream, config=np.array(json.dumps(to_dict(config))), **flat)
 
 

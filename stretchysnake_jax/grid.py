@@ -2,7 +2,6 @@
 
 import csv
 import json
-import pathlib
 import time
 
 import jax
@@ -14,6 +13,7 @@ from stretchysnake_jax.config import Config, StretchConfig
 from stretchysnake_jax.data import pipeline
 from stretchysnake_jax.data.lists import ClipList
 from stretchysnake_jax.step import make_eval_step
+from stretchysnake_jax.whole_file import whole_file
 
 COLUMNS = ("frames", "height", "width", "patch", "top1", "top5", "loss", "gflops", "clips_per_s")
 COLUMNS += ("trained",)
@@ -142,16 +142,13 @@ def evaluate_grid(
 
 def write(rows: list[dict], path) -> None:
     """Writes PATH.csv (with COLUMNS) and PATH.json (everything), each whole or not at all."""
-    path = pathlib.Path(path)
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="") as file:
+    with whole_file(f"{path}.csv") as part, part.open("w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         table.writeheader()
         for row in rows:
             table.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
-    part.replace(path.with_name(path.name + ".csv"))
-    part.write_text(json.dumps(rows, indent=1) + "\n")
-    part.replace(path.with_name(path.name + ".json"))
+    with whole_file(f"{path}.json") as part:
+        part.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def mean_top1(rows: list[dict], trained: bool | None = None, among=None) -> float:

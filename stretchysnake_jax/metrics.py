@@ -4,6 +4,8 @@ import json
 import math
 import pathlib
 
+from stretchysnake_jax.whole_file import whole_file
+
 
 class MetricsLog:
     """Appends to a JSON-lines file.
@@ -18,9 +20,8 @@ class MetricsLog:
         self.path = pathlib.Path(path)
         if self.path.exists():
             kept = [line for line in read_lines(self.path) if line["step"] <= step]
-            part = self.path.with_name(self.path.name + ".part")
-            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            part.replace(self.path)
+            with whole_file(self.path) as part:
+                part.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a")
 
     def write(self, line: dict) -> None:

@@ -1,11 +1,11 @@
 """Pictures: heat maps of accuracy over frame counts and sizes."""
 
-import pathlib
-
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+
+from stretchysnake_jax.whole_file import whole_file
 
 matplotlib.use("Agg")
 
@@ -46,10 +46,8 @@ def heat_maps(path, panels: list[tuple[str, list[dict]]], *, difference: bool = 
         axis.set_title(title, fontsize=10)
     label = "difference of top-1, points" if difference else "top-1, %"
     figure.colorbar(image, ax=list(axes), label=f"{label}   (framed: trained there)")
-    path = pathlib.Path(path)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png")
-    part.replace(path)
+    with whole_file(path) as part:
+        figure.savefig(part, format="png")
 
 
 def _frames(rows):

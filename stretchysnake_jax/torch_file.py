@@ -4,7 +4,6 @@ Such a file is a pickle, which `plain_pickle` reads, and the raw storages of the
 """
 
 import io
-import os
 import pathlib
 import pickle
 import struct
@@ -23,6 +22,7 @@ from stretchysnake_jax.plain_pickle import (
     interpret,
     require,
 )
+from stretchysnake_jax.whole_file import whole_file
 
 __all__ = ["CheckpointError", "UnsafeCheckpoint", "read", "write"]
 
@@ -217,24 +217,18 @@ def write(path, state: dict[str, np.ndarray]) -> None:
     Raises:
       CheckpointError: a dtype that torch has not.
     """
-    path = pathlib.Path(path)
     state = {name: np.asarray(array) for name, array in state.items()}
     for name, array in state.items():
         require(array.dtype in _CLASSES, f"{name} is of dtype {array.dtype}: torch has none such")
         # np.ascontiguousarray alone would make a scalar 1-D.
         state[name] = np.ascontiguousarray(array).reshape(array.shape)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with zipfile.ZipFile(part, "w") as archive:
+    with whole_file(path) as part, zipfile.ZipFile(part, "w") as archive:
 
-            def add(name: str, raw) -> None:
-                archive.writestr(zipfile.ZipInfo(f"archive/{name}"), raw)
+        def add(name: str, raw) -> None:
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), raw)
 
-            add("data.pkl", _pickle(state))
-            add("byteorder", b"little")
-            for i, array in enumerate(state.values()):
-                add(f"data/{i}", array.tobytes())
-            add("version", b"3\n")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        add("data.pkl", _pickle(state))
+        add("byteorder", b"little")
+        for i, array in enumerate(state.values()):
+            add(f"data/{i}", array.tobytes())
+        add("version", b"3\n")

@@ -348,6 +348,9 @@ def main(argv: Sequence[str]) -> int:
     if options.rounds < 1:
         parser.error(f"--rounds is {options.rounds}, takes at least 1")
 
+    if options.json and not options.json.parent.is_dir():  # not after minutes of measuring
+        parser.error(f"--json is {options.json}, but there is no folder {options.json.parent}")
+
     setup = configure_cpu()
     machine = describe_machine()
     print(f"{machine['cpu']}, {machine['cores']} cores, {machine['versions']}")
