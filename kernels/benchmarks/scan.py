@@ -30,6 +30,7 @@ from stretchysnake_kernels.selective_scan.arg_specs import ARG_SPECS, ArgSpec, m
 SPECS = {spec.name: spec for spec in ARG_SPECS if spec.bench}
 WARM_UPS = 2  # the first call after idle takes half as long again
 BUSY = 0.05  # share of the machine that others may use before the ratios stop to mean much
+BRIEF = 0.25  # seconds; what takes less is run once more before it is timed
 PATIENCE = 5.0  # seconds; a contender that takes longer once it is warm runs one round only
 FORWARD, BACK = "forward", "forward+backward"
 FLOOR = "C++ floor"
@@ -204,14 +205,18 @@ def measure(jobs: list[Job], rounds: int, progress, say) -> None:
     Raises:
       RuntimeError: a contender computes something else than the others.
     """
-    slow, reference = set(), None
+    slow, reference, seconds_of = set(), None, {}
     for turn in range(WARM_UPS + rounds):
         for job in jobs:
             if id(job) in slow and turn != WARM_UPS:
                 continue
+            if turn >= WARM_UPS and seconds_of[id(job)] < BRIEF:
+                # The threads of the contender before this one spin for some 20 ms after their work.
+                job.run()
             start = time.perf_counter()
             y = job.run()
             seconds = time.perf_counter() - start
+            seconds_of[id(job)] = seconds
             if turn == 0:
                 reference = np.asarray(y) if reference is None else reference
                 error = np.abs(np.asarray(y) - reference).max() / np.abs(reference).max()
