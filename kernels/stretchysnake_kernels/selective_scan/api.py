@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 
 from stretchysnake_kernels import dispatch
-from stretchysnake_kernels.selective_scan import native, reference, xla
+from stretchysnake_kernels.selective_scan import mosaic_gpu, native, pallas, reference, triton, xla
 
 
 def _two_calls(scan):
@@ -24,12 +24,18 @@ def _two_calls(scan):
 
 # A backend takes all arguments by position, the flags by name, and returns (y, last_state).
 IMPLEMENTATIONS = {
+    "pallas": pallas.selective_scan,
+    "triton": triton.selective_scan,
+    "mosaic_gpu": mosaic_gpu.selective_scan,
     "native": native.selective_scan,
     "xla": xla.selective_scan,
     "reference": reference.selective_scan,
 }
 # The same without an initial state, with a leading axis of directions; returns y, summed over them.
 BIDIRECTIONAL = {
+    "pallas": pallas.bidirectional_selective_scan,
+    "triton": triton.bidirectional_selective_scan,
+    "mosaic_gpu": mosaic_gpu.bidirectional_selective_scan,
     "native": native.bidirectional_selective_scan,
     "xla": _two_calls(xla.selective_scan),
     "reference": _two_calls(reference.selective_scan),
@@ -37,7 +43,7 @@ BIDIRECTIONAL = {
 # Tried in this order where the caller names no implementation.
 DEFAULT_ORDER = {
     "cpu": ("native", "xla", "reference"),
-    "gpu": ("xla", "reference"),
+    "gpu": ("pallas", "triton", "mosaic_gpu", "xla", "reference"),
     "tpu": ("xla", "reference"),
 }
 
