@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from stretchysnake_bench import aot, emulate, sass
-from stretchysnake_kernels.selective_scan import pallas, reference
+from stretchysnake_kernels.selective_scan import gpu, pallas, reference
 from stretchysnake_kernels.selective_scan.arg_specs import ArgSpec, make_args
 
 NAMES = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
@@ -39,7 +39,7 @@ def run(scan, reverse, args, cotangents):
 def test_ptx_computes_the_reference(length, target, reverse):
     args, cotangents = make_case(length)
     capability = tuple(int(part) for part in target.split("."))
-    with pallas.compile_for(pallas.Target(capability)):
+    with gpu.compile_for(gpu.Target(capability)):
         call = functools.partial(run, pallas.selective_scan, reverse)
         got, _ = emulate.emulate(call, args, cotangents, target=target)
     with jax.enable_x64(True):
@@ -57,7 +57,7 @@ def test_ptx_computes_the_reference(length, target, reverse):
 def test_nothing_spills_and_nothing_is_atomic(target):
     args, cotangents = make_case(64)
     capability = tuple(int(part) for part in target.split("."))
-    with pallas.compile_for(pallas.Target(capability)):
+    with gpu.compile_for(gpu.Target(capability)):
         kernels = aot.kernels_of(
             functools.partial(run, pallas.selective_scan, False), args, cotangents, target=target
         )

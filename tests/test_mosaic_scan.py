@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from stretchysnake_bench import aot
 from stretchysnake_kernels import dispatch
-from stretchysnake_kernels.selective_scan import mosaic_gpu, pallas, reference
+from stretchysnake_kernels.selective_scan import gpu, mosaic_gpu, reference
 from stretchysnake_kernels.selective_scan.arg_specs import ArgSpec, make_args
 
 TILE = mosaic_gpu.TILE
@@ -172,7 +172,7 @@ def test_other_gpus_are_refused(capability):
     args = make_args(ArgSpec("", 1, 3, 8))
     have = ".".join(map(str, capability))
     refused = pytest.raises(dispatch.Unsupported, match=f"takes compute .*, the GPU has {have}")
-    with pallas.compile_for(pallas.Target(capability)), refused:
+    with gpu.compile_for(gpu.Target(capability)), refused:
         mosaic_gpu.selective_scan(*in_order(args), delta_softplus=True, reverse=False)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from stretchysnake_kernels.dispatch import Unsupported
-from stretchysnake_kernels.selective_scan import pallas, reference
+from stretchysnake_kernels.selective_scan import gpu, pallas, reference
 from stretchysnake_kernels.selective_scan.arg_specs import ArgSpec, make_args
 
 NAMES = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
@@ -43,11 +43,11 @@ def scan_and_gradients(scan, args, cotangents):
     return jax.tree.map(np.asarray, run(args, cotangents))
 
 
-def interpreted(args, cotangents, **options):
+def interpreted(args, cotangents, chunks=None, **options):
     """`scan_and_gradients` of the kernels."""
 
     def scan(args):
-        with pallas.interpret():
+        with gpu.interpret(), gpu.options(chunks=chunks):
             return pallas.selective_scan(*map(args.get, NAMES), **options)
 
     return scan_and_gradients(scan, args, cotangents)
@@ -157,9 +157,9 @@ def test_both_directions_in_one_launch(chunks):
     args, d_y = make_two(ArgSpec("", 1, 75, 32, 8))
 
     def together(args):
-        with pallas.interpret():
+        with gpu.interpret(), gpu.options(chunks=chunks):
             return pallas.bidirectional_selective_scan(
-                *map(args.get, NAMES[:-1]), delta_softplus=True, chunks=chunks
+                *map(args.get, NAMES[:-1]), delta_softplus=True
             )
 
     def apart(args):
@@ -197,7 +197,7 @@ def test_vmap_joins_the_batch():
     args = jax.tree.map(lambda *leaves: np.stack(leaves), *cases)
 
     def loss(args):
-        with pallas.interpret():
+        with gpu.interpret():
             y, _ = pallas.selective_scan(*map(args.get, NAMES), delta_softplus=True, reverse=False)
         return jnp.sum(jnp.sin(y))
 
@@ -214,7 +214,7 @@ def test_gradients_are_deterministic_and_need_little_memory():
     args = jax.tree.map(jnp.asarray, args)
 
     def kept(args):
-        with pallas.interpret():
+        with gpu.interpret():
             scan = functools.partial(pallas.selective_scan, delta_softplus=True, reverse=False)
             return jax.vjp(lambda args: scan(*map(args.get, NAMES))[0], args)[1]
 
@@ -238,7 +238,7 @@ def test_gradients_are_deterministic_and_need_little_memory():
     ],
 )
 def test_choose_chunks(warps, length, want):
-    chosen = pallas.choose_chunks(warps, length, 66, 132, overhead=1.7, resident=4)
+    chosen = gpu.choose_chunks(warps, length, 66, 132, overhead=1.7, resident=4)
     assert chosen == want
 
 
@@ -248,16 +248,22 @@ def test_unsupported_devices_say_so():
     with pytest.raises(Unsupported, match="^runs on GPUs, the default device is a cpu$"):
         scan(*map(args.get, NAMES))
     with (
-        pallas.compile_for(pallas.Target(capability=(7, 0))),
+        gpu.compile_for(gpu.Target(capability=(7, 0))),
         pytest.raises(Unsupported, match="^takes compute capability 8.0 and up, the GPU has 7.0$"),
     ):
         scan(*map(args.get, NAMES))
 
 
-def test_chunks_are_checked():
-    args, _ = make_case(ArgSpec("", 1, 3, 32, 8))
-    with pallas.interpret(), pytest.raises(ValueError, match="chunks is 0, takes 1 or more"):
-        pallas.selective_scan(*map(args.get, NAMES), delta_softplus=True, reverse=False, chunks=0)
+@pytest.mark.parametrize(
+    "chosen, message",
+    [
+        ({"chunks": 0}, "^chunks is 0, takes 1 or more$"),
+        ({"backward": gpu.Launch(unroll=-1)}, "^unroll is -1, takes 1 or more$"),
+    ],
+)
+def test_options_are_checked(chosen, message):
+    with pytest.raises(ValueError, match=message):
+        gpu.options(**chosen)
 
 
 def test_importing_the_package_imports_no_pallas():

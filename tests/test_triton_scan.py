@@ -240,9 +240,11 @@ def test_resources_of_the_backward_kernel(state, dtype, reverse, target):
     tokens = triton.BACKWARD_UNROLL[state] * len(reverse)
     count = sum((loop.instructions for loop in loops), collections.Counter())
     count = {name: times / tokens for name, times in count.items()}
-    # With 32 states what is spilled are numbers that the loops do not use.
-    assert not count.keys() & {"LDL", "STL", "LDS", "STS", "BAR"}
-    assert state == 32 or measured.spill_stores == measured.spill_loads == 0
+    assert not count.keys() & {"LDS", "STS", "BAR"}
+    if state == 32:  # some are spilled, nearly all of them outside of the loops
+        assert count.get("LDL", 0) + count.get("STL", 0) <= 1
+    else:
+        assert measured.spill_stores == measured.spill_loads == 0
     assert measured.registers <= 255
     assert "atom" not in kernel.ptx
     assert "red." not in kernel.ptx

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from stretchysnake_kernels.dispatch import Unsupported
-from stretchysnake_kernels.selective_scan import fused, pallas, pallas_math
+from stretchysnake_kernels.selective_scan import fused, gpu, pallas, pallas_math
 
 # Major compute capabilities. Older GPUs have no bulk copies; for 12.x, Mosaic GPU of JAX 0.10 to
 # 0.12 asks its assembler for code that this refuses.
@@ -60,7 +60,7 @@ def modules():
 def interpret(*, detect_races: bool = False):
     """While it lasts, calls are traced to run on the CPU, with copies and barriers simulated.
 
-    Slow; for tests. The kernels of the gradient run as in `pallas.interpret`.
+    Slow; for tests. The kernels of the gradient run as in `gpu.interpret`.
 
     Args:
       detect_races: also complain, with the words "RACE DETECTED", where no barrier orders two
@@ -68,14 +68,14 @@ def interpret(*, detect_races: bool = False):
     """
     token = _detect_races.set(detect_races)
     try:
-        with pallas.interpret():
+        with gpu.interpret():
             yield
     finally:
         _detect_races.reset(token)
 
 
 def _find_target():
-    """Returns the pallas.Target to compile for.
+    """Returns the gpu.Target to compile for.
 
     Raises:
       Unsupported: the device is no GPU that the kernels run on, or this JAX cannot compile them.
@@ -211,9 +211,9 @@ def scan(operands, *, softplus, reverse, interpret_params=None):
     return launch(*fetched, operands.decay, operands.D, operands.bias, operands.start)
 
 
-def _forward(target, detect_races, operands, *, softplus, reverse, save):
+def _forward(target, options, detect_races, operands, *, softplus, reverse, save):
     if save:
-        kernels = pallas._make_kernels(target, None)
+        kernels = pallas.make_kernels(target, options)
         return kernels.forward(operands, softplus=softplus, reverse=reverse, save=True)
     params = None
     if target.interpret:
@@ -223,15 +223,19 @@ def _forward(target, detect_races, operands, *, softplus, reverse, save):
 
 
 @functools.cache  # a traced function is found again by its kernels
-def _make_kernels(target, detect_races):
+def _make_kernels(target, options, detect_races):
     return fused.Kernels(
-        forward=functools.partial(_forward, target, detect_races),
-        backward=pallas._make_kernels(target, None).backward,
+        forward=functools.partial(_forward, target, options, detect_races),
+        backward=pallas.make_kernels(target, options).backward,
         states=tuple(UNROLL),
         channels=CHANNELS,
         dtypes=("float32", "bfloat16", "float16"),
         check=lambda operands, reverse: None,  # _find_target has checked what there is to check
     )
+
+
+def _find_kernels():
+    return _make_kernels(_find_target(), gpu.find_options(), _detect_races.get())
 
 
 def selective_scan(*args, **kwargs):
@@ -240,7 +244,7 @@ def selective_scan(*args, **kwargs):
     Raises:
       Unsupported: a dtype, state size or device that the kernels do not take.
     """
-    return fused.selective_scan(_make_kernels(_find_target(), _detect_races.get()), *args, **kwargs)
+    return fused.selective_scan(_find_kernels(), *args, **kwargs)
 
 
 def bidirectional_selective_scan(*args, **kwargs):
@@ -249,5 +253,4 @@ def bidirectional_selective_scan(*args, **kwargs):
     Raises:
       Unsupported: a dtype, state size or device that the kernels do not take.
     """
-    kernels = _make_kernels(_find_target(), _detect_races.get())
-    return fused.bidirectional_selective_scan(kernels, *args, **kwargs)
+    return fused.bidirectional_selective_scan(_find_kernels(), *args, **kwargs)

@@ -129,6 +129,8 @@ def gradients(operands, decay, start, saved, d_y, d_last, summary, *, plan):
         walk = plans.Walk(plan)
         skip, bias = D_ref[...], bias_ref[...]
 
+        # The decay is read again wherever it is used: kept in registers, it would take the place of
+        # the factors, and the assembler would rather compute those a third time.
         def recompute(slot, first, count, state, _):
             store_state(scratch_ref, state, slot)
             for at in walk.positions(first, count):
