@@ -4,7 +4,11 @@ import importlib
 
 from stretchysnake_jax.config import ConfigError, nearest
 
-BENCHMARKS = {"scan": "stretchysnake_bench.scan"}
+BENCHMARKS = {
+    "scan": "stretchysnake_bench.scan",
+    "kernels": "stretchysnake_bench.kernels_table",
+    "gpu": "stretchysnake_bench.gpu_report",
+}
 
 
 def main(argv: list[str]) -> int:

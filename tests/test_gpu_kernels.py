@@ -1,69 +1,154 @@
-"""The Pallas kernels as compiled for a GPU: what their PTX computes, and what the assembler gives.
+"""What `stretchysnake bench kernels` proves of the compiled GPU kernels, as tests.
 
 The PTX runs in the emulator; nothing here needs a GPU, only the packages of the extra [aot].
 """
 
-import functools
+import collections
+import json
+import pathlib
+import subprocess
+import sys
 
-import jax
-import numpy as np
 import pytest
-from stretchysnake_bench import aot, emulate, sass
-from stretchysnake_kernels.selective_scan import gpu, pallas, reference
-from stretchysnake_kernels.selective_scan.arg_specs import ArgSpec, make_args
+from stretchysnake_bench import aot, kernels_table, proof, sass
 
-NAMES = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
-pytestmark = pytest.mark.skipif(
+needs_compiler = pytest.mark.skipif(
     aot.missing_packages() is not None, reason=str(aot.missing_packages())
 )
+FAST = {"length 1, both", "length 37, both", "bfloat16", "3 chunks"}
 
 
-def make_case(length):
-    rng = np.random.default_rng(0)
-    args = make_args(ArgSpec("", 1, length, 32, 16))
-    args["initial_state"] = rng.normal(size=(1, 32, 16)).astype("f")
-    return args, (rng.normal(size=args["x"].shape).astype("f"), args["initial_state"][:, ::-1])
-
-
-def run(scan, reverse, args, cotangents):
-    def outputs(args):
-        return scan(*map(args.get, NAMES), delta_softplus=True, reverse=reverse)
-
-    values, pullback = jax.vjp(outputs, args)
-    return values, pullback(cotangents)[0]
-
-
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("target", ["8.0", "9.0"])
-@pytest.mark.parametrize("length", [1, 37])
-def test_ptx_computes_the_reference(length, target, reverse):
-    args, cotangents = make_case(length)
-    capability = tuple(int(part) for part in target.split("."))
-    with gpu.compile_for(gpu.Target(capability)):
-        call = functools.partial(run, pallas.selective_scan, reverse)
-        got, _ = emulate.emulate(call, args, cotangents, target=target)
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda value: np.asarray(value, np.float64), (args, cotangents))
-        want = jax.tree.map(np.asarray, run(reference.selective_scan, reverse, *wide))
-    for part, tolerance in ((0, 2e-6), (1, 5e-6)):
-        for mine, exact in zip(
-            jax.tree.leaves(got[part]), jax.tree.leaves(want[part]), strict=True
-        ):
-            error = np.linalg.norm(np.asarray(mine, np.float64) - exact) / np.linalg.norm(exact)
-            assert error <= tolerance
-
-
-@pytest.mark.parametrize("target", ["8.0", "9.0"])
-def test_nothing_spills_and_nothing_is_atomic(target):
-    args, cotangents = make_case(64)
-    capability = tuple(int(part) for part in target.split("."))
-    with gpu.compile_for(gpu.Target(capability)):
-        kernels = aot.kernels_of(
-            functools.partial(run, pallas.selective_scan, False), args, cotangents, target=target
+def cases(items, fast, title):
+    """Test parameters: every item for every implementation and GPU, slow but for some."""
+    return [
+        pytest.param(
+            implementation,
+            item,
+            target,
+            id=f"{implementation}-{target}-{title(item)}",
+            marks=[] if fast(implementation, item, target) else pytest.mark.slow,
         )
-    assert len(kernels) == 2
-    for kernel in kernels:
-        resources = sass.measure(kernel)
-        assert resources.spill_stores == resources.spill_loads == 0
-        assert resources.registers <= 255
-        assert "atom." not in kernel.ptx and "red." not in kernel.ptx
+        for implementation, found in items.items()
+        for item in found
+        for target in kernels_table.WHOLE
+        if implementation != "mosaic_gpu" or target == "9.0"
+    ]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "implementation, case, target",
+    cases(
+        dict.fromkeys(proof.EMULATED, proof.CASES),
+        lambda i, case, target: case.title in FAST and (i, target) != ("triton", "9.0"),
+        lambda case: case.title,
+    ),
+)
+def test_ptx_computes_the_reference(implementation, case, target):
+    assert proof.check_case(implementation, case, target)["misses"] == []
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "implementation, launch, target",
+    cases(
+        # Mosaic's are compiled in test_mosaic_scan.py, in a process for each.
+        {name: proof.launches(name) for name in proof.EMULATED},
+        lambda i, launch, target: (
+            launch.title in ("forward, keeping checkpoints", "backward")
+            and (i, target) != ("triton", "8.0")
+        ),
+        lambda launch: launch.title,
+    ),
+)
+def test_resources(implementation, launch, target):
+    row = proof.measure_launch(implementation, launch, target)
+    assert row["misses"] == []
+    assert row["registers"] > 32 and row["mufu"] >= launch.states / 2  # something was measured
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["8.6", "8.9", "10.0", "12.0"])
+@pytest.mark.parametrize("implementation", proof.EMULATED)
+def test_resources_of_the_forward_kernels_on_other_gpus(implementation, target):
+    for launch in proof.launches(implementation, backward=False):
+        assert proof.measure_launch(implementation, launch, target)["misses"] == []
+
+
+@needs_compiler
+@pytest.mark.parametrize("target", ["8.0", pytest.param("9.0", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("implementation", proof.EMULATED)
+def test_traffic(implementation, target):
+    rows = proof.measure_traffic(implementation, target)
+    assert [row["misses"] for row in rows] == [[], []]
+    assert all(row["times_least"] > 0.99 for row in rows)  # something was counted
+
+
+def loop(**opcodes):
+    return sass.Loop(collections.Counter({k.replace("_", "."): v for k, v in opcodes.items()}))
+
+
+def test_instructions_are_counted_per_token():
+    def count(*loops, **kind):
+        found = sass.Resources(1, 0, 0, 0, 0, list(loops), "")
+        return proof.count_per_token(found, **kind)
+
+    walk, tail = loop(STG_E_U16=4, FFMA=40, MUFU_EX2=8), loop(STG_E_U16=1, FFMA=13)
+    forward = count(tail, walk, loop(FFMA=99), gradient=False, summary=False)
+    assert forward == {"STG": 1, "FFMA": 10, "MUFU": 2}
+    again, back = loop(LDG_E_U16=4, FFMA=10), loop(STG_E_U16=6, LDG_E_U16=8, FFMA=60)
+    gradient = count(again, back, gradient=True, summary=False)
+    assert gradient == {"LDG": 2 + 4, "STG": 3, "FFMA": 5 + 30}
+    sums = count(loop(LDG_E_U16=6, FFMA=8), gradient=True, summary=True)
+    assert sums == {"LDG": 3, "FFMA": 4}
+
+
+# The command
+
+
+def command(*argv):
+    code = "import sys; from stretchysnake_jax.cli import main; sys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", code, "bench", "kernels", *argv], capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--targets", "9.1"], "--targets has 9.1, takes some of 7.5, 8.0"),
+        (["--implementations", "cuda"], "--implementations has cuda, takes some of pallas"),
+        (["--json", "no/folder/x.json"], "but there is no folder no/folder"),
+    ],
+)
+def test_bad_options(argv, message):
+    done = command(*argv)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+@pytest.mark.skipif(aot.missing_packages() is None, reason="[aot] is installed")
+def test_says_what_to_install():
+    done = command()
+    assert done.returncode == 1
+    assert "pip install 'stretchysnake-jax[aot]'" in done.stderr
+
+
+def test_a_row_that_misses_says_so():
+    row = {"implementation": "pallas", "target": "9.0", "case": "length 1", "outputs": 1e-3}
+    text = kernels_table.format_table("parity", [row | {"misses": ["outputs <= 2e-06"]}])
+    assert text.splitlines()[-1] == (
+        "| pallas | 9.0 | length 1 | 1.0e-03 | - | - | outputs <= 2e-06 |"
+    )
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_command_writes_table_and_json(tmp_path):
+    path = pathlib.Path(tmp_path, "proof.json")
+    done = command("--quick", "--targets", "9.0", "--implementations", "pallas", "--json", path)
+    assert done.returncode == 0, done.stderr
+    assert "| pallas | 9.0 | backward |" in done.stdout
+    result = json.loads(path.read_text())
+    assert [row["case"] for row in result["parity"]] == list(proof.QUICK)

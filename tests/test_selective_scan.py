@@ -431,6 +431,32 @@ def test_errors_name_the_argument(change, error, words):
     assert "\n" not in str(caught.value)
 
 
+def test_a_platform_can_be_traced_for_and_a_backend_preferred(monkeypatch):
+    args = {name: jnp.asarray(value) for name, value in make_args(SPECS["odd"]).items()}
+    tried = []
+
+    def note(name):
+        def scan(*args, **kwargs):
+            tried.append(name)
+            return args[0], None
+
+        return scan
+
+    for name in api.IMPLEMENTATIONS:
+        monkeypatch.setitem(api.IMPLEMENTATIONS, name, note(name))
+    selective_scan(**args)
+    with dispatch.trace_for("gpu"):
+        assert dispatch.platform() == "gpu"
+        selective_scan(**args)
+        with dispatch.prefer("another op's", "xla"):
+            selective_scan(**args)
+            selective_scan(**args, implementation="reference")
+        with dispatch.prefer("another op's"):
+            selective_scan(**args)
+    first = [api.DEFAULT_ORDER[platform][0] for platform in (jax.default_backend(), "gpu")]
+    assert tried == [*first, "xla", "reference", first[1]]
+
+
 # Both directions
 
 

@@ -16,10 +16,17 @@ WRAPPERS |= {"custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call"}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One launch of a kernel in the emulator."""
+    """One launch of a kernel in the emulator.
+
+    Attributes:
+      kernel: what was launched.
+      report: what it did.
+      sizes: bytes of the arrays of `report.arrays`.
+    """
 
     kernel: CompiledKernel
     report: Report
+    sizes: list[int]
 
 
 def emulate(
@@ -60,14 +67,16 @@ def emulate(
             outputs[sink][...] = inputs[source]
             inputs[source] = outputs[sink]  # one buffer, two names
         arrays = iter(inputs + outputs)
+        given = [next(arrays) if p is None else p for p in parameters]
         report = kernel.parsed.run(
-            [next(arrays) if p is None else p for p in parameters],
+            given,
             kernel.grid,
             shared_bytes=kernel.shared_bytes,
             approx=approx,
             order=order,
         )
-        runs.append(Run(kernel, report))
+        unique = {id(value): value for value in given if isinstance(value, np.ndarray)}
+        runs.append(Run(kernel, report, [value.nbytes for value in unique.values()]))
         return [jax.numpy.asarray(output) for output in outputs]
 
     leaves = [jax.numpy.asarray(leaf) for leaf in jax.tree.leaves(args)]

@@ -23,14 +23,23 @@ class Loop:
     To compare loops, divide by what a token needs once, such as the stores of an output (STG).
 
     Attributes:
-      instructions: mnemonic (FFMA, MUFU, SHFL, BAR, LDS, ...) -> how often it stands in the body.
+      opcodes: instruction with its modifiers (LDG.E.U16, MUFU.EX2) -> how often it stands in the
+        body.
     """
 
-    instructions: collections.Counter
+    opcodes: collections.Counter
+
+    @property
+    def instructions(self) -> collections.Counter:
+        """Mnemonic (FFMA, MUFU, SHFL, BAR, LDS, ...) -> how often it stands in the body."""
+        counts = collections.Counter()
+        for opcode, count in self.opcodes.items():
+            counts[opcode.split(".")[0]] += count
+        return counts
 
     @property
     def total(self) -> int:
-        return self.instructions.total()
+        return self.opcodes.total()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +123,9 @@ def _loops(sass: str) -> list[Loop]:
         if match := re.match(r"\s*(\.L_x_\d+):", line):
             labels[match[1]] = len(code)
         elif match := re.match(
-            r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)[\w.]*\s*([^;]*);", line
+            r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*[\w.]*)\s*([^;]*);", line
         ):
-            target = re.search(r"\.L_x_\d+", match[2]) if match[1] == "BRA" else None
+            target = re.search(r"\.L_x_\d+", match[2]) if match[1].startswith("BRA") else None
             if target and labels.get(target[0], len(code)) < len(code):
                 spans.append((labels[target[0]], len(code)))
             code.append(match[1])

@@ -1,5 +1,7 @@
 """What the doors of all ops share: argument checks and the choice of a backend."""
 
+import contextlib
+import contextvars
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,6 +14,38 @@ FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 class Unsupported(NotImplementedError):
     """Raised by a backend before it computes anything: the reason why it cannot take a call."""
+
+
+_platform = contextvars.ContextVar("platform", default=None)
+_preferred = contextvars.ContextVar("preferred", default=())
+
+
+def platform() -> str:
+    """Returns what calls are traced for: "cpu", "gpu" or "tpu"."""
+    return _platform.get() or jax.default_backend()
+
+
+def trace_for(platform: str):
+    """While it lasts, calls are traced for a platform other than that of the default device."""
+    return setting(_platform, platform)
+
+
+def prefer(*names: str):
+    """While it lasts, calls that name no implementation are traced with the first of `names`.
+
+    An op that has none of them keeps its own order, and what is jitted already its own code.
+    """
+    return setting(_preferred, names)
+
+
+@contextlib.contextmanager
+def setting(variable: contextvars.ContextVar, value):
+    """While it lasts, `variable` has this value."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 def check_array(op: str, name: str, value, axes: str, sizes: dict[str, int], dtypes: Sequence[str]):
@@ -78,7 +112,8 @@ def call(
       Unsupported: no backend takes the call; the message holds every tried backend's reason.
     """
     if implementation is None:
-        names = default_order.get(jax.default_backend(), default_order["cpu"])
+        names = tuple(name for name in _preferred.get() if name in registry)
+        names = names or default_order.get(platform(), default_order["cpu"])
     elif isinstance(implementation, str):
         names = (implementation,)
     elif isinstance(implementation, Sequence) and all(isinstance(n, str) for n in implementation):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from stretchysnake_kernels.dispatch import platform
 
 from stretchysnake_jax.config import ModelConfig
 from stretchysnake_jax.models.mamba import BidirectionalMixer, linear, uniform
@@ -160,7 +161,7 @@ class VideoMamba(nnx.Module):
                 hidden = drop_path(hidden, rate, key)
             return residual + hidden.astype(jnp.float32), None
 
-        if jax.default_backend() == "cpu":
+        if platform() == "cpu":
             # Unrolled layers run 20 to 60 % faster on CPU; elsewhere compile time decides.
             leaves, tree = jax.tree.flatten(stacked)
             split = [lax.split(leaf, (1,) * depth) for leaf in leaves]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 
+from stretchysnake_kernels import dispatch
 from stretchysnake_kernels.dispatch import Unsupported
 
 MOST_CHUNKS = 64  # a chunk joins the summaries of all those before it
@@ -67,20 +68,13 @@ _options = contextvars.ContextVar("options", default=None)
 
 
 @contextlib.contextmanager
-def _setting(variable, value):
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
-
-
 def compile_for(target: Target):
     """While it lasts, calls are traced for `target` instead of the default device.
 
     For compiling without the GPU, and for tests.
     """
-    return _setting(_target, target)
+    with dispatch.setting(_target, target), dispatch.trace_for("gpu"):
+        yield
 
 
 def interpret():
@@ -102,7 +96,7 @@ def options(**chosen):
     for name, number in numbers:
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}, takes 1 or more")
-    return _setting(_options, value)
+    return dispatch.setting(_options, value)
 
 
 def find_options() -> Options:

@@ -223,7 +223,8 @@ def _forward(target, options, detect_races, operands, *, softplus, reverse, save
 
 
 @functools.cache  # a traced function is found again by its kernels
-def _make_kernels(target, options, detect_races):
+def make_kernels(target, options, detect_races=False) -> fused.Kernels:
+    """Returns the kernels for a device; `detect_races` as for `interpret`."""
     return fused.Kernels(
         forward=functools.partial(_forward, target, options, detect_races),
         backward=pallas.make_kernels(target, options).backward,
@@ -235,7 +236,7 @@ def _make_kernels(target, options, detect_races):
 
 
 def _find_kernels():
-    return _make_kernels(_find_target(), gpu.find_options(), _detect_races.get())
+    return make_kernels(_find_target(), gpu.find_options(), _detect_races.get())
 
 
 def selective_scan(*args, **kwargs):

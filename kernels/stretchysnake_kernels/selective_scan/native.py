@@ -14,6 +14,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
+from stretchysnake_kernels import dispatch
 from stretchysnake_kernels.dispatch import Unsupported
 from stretchysnake_kernels.selective_scan import fused
 
@@ -57,8 +58,8 @@ def instructions() -> str:
 
 
 def _check(operands, reverse):
-    if jax.default_backend() != "cpu":
-        raise Unsupported(f"runs on the CPU, the default device is a {jax.default_backend()}")
+    if dispatch.platform() != "cpu":
+        raise Unsupported(f"runs on the CPU, the default device is a {dispatch.platform()}")
     library()
 
 
