@@ -27,19 +27,54 @@ def buckets_table(model, stretch) -> str:
     return "\n".join(lines)
 
 
+def print_memory(config, device: str | None, implementations: str | None) -> None:
+    """Prints the memory of a config's training step; turns what is wrong into one sentence."""
+    from stretchysnake_bench.aot import AotUnavailable
+    from stretchysnake_kernels.dispatch import Unsupported
+    from stretchysnake_kernels.selective_scan.api import IMPLEMENTATIONS
+
+    from stretchysnake_jax.memory import memory_table
+
+    config_lib.validate(config)
+    names = implementations.split(",") if implementations else [None]
+    for name in names:
+        if name is not None and name not in IMPLEMENTATIONS:
+            hint = config_lib.nearest(name, IMPLEMENTATIONS)
+            raise ConfigError(f"--implementations has {name!r}: {hint}")
+    try:
+        table = memory_table(config, device, names)
+    except (ValueError, AotUnavailable, Unsupported) as error:
+        raise ConfigError(str(error)) from error
+    print(table)
+    print(
+        f"\nGiB of {device or 'this machine'}: state, a batch of {config.data.batch_size} as the "
+        "trunk takes it, and temporary memory of\none training step, activations included, by "
+        f"implementation of the scan. {config.train.dtype}."
+    )
+
+
 def main(argv: list[str]) -> int:
     """The command `stretchysnake inspect`."""
     parser = argparse.ArgumentParser(
         prog="stretchysnake inspect",
         description="buckets: the scales of a variant, or of a config. config: every field of a "
-        "config file, resolved.",
+        "config file, resolved. memory: device memory of the training step of a config file, per "
+        "bucket, from compiling it.",
     )
-    parser.add_argument("what", choices=("buckets", "config"))
+    parser.add_argument("what", choices=("buckets", "config", "memory"))
     parser.add_argument("--config", metavar="FILE[:ARG]", help="a config file, with --config.FIELD")
     parser.add_argument("--variant", help=", ".join(config_lib.VARIANTS))
     parser.add_argument("--model", help=f"{', '.join(models.PRESETS)} (default middle)")
     parser.add_argument("--frames", help="frame counts drawn, such as 4,8,16")
     parser.add_argument("--sizes", help="sizes drawn, such as 98,224")
+    parser.add_argument(
+        "--device",
+        help="memory: a GPU that need not be there, such as h100 or a100 (default: this machine)",
+    )
+    parser.add_argument(
+        "--implementations",
+        help="memory: of the selective scan, such as pallas,xla (default: the one that would run)",
+    )
     if "-h" in argv or "--help" in argv:
         parser.parse_args(["--help"])
     config = None
@@ -48,11 +83,12 @@ def main(argv: list[str]) -> int:
 
         config, argv = parse_config(argv)
     args = parser.parse_args(argv)
+    if args.what != "buckets" and config is None:
+        raise ConfigError("--config is missing: it takes a config file, such as configs/k400.py")
+    if args.what == "memory":
+        print_memory(config, args.device, args.implementations)
+        return 0
     if args.what == "config":
-        if config is None:
-            raise ConfigError(
-                "--config is missing: it takes a config file, such as configs/k400.py"
-            )
         print(json.dumps(config_lib.to_dict(config), indent=2))
         return 0
     stretch = config.stretch if config else StretchConfig()

@@ -54,11 +54,14 @@ class Stem:
 
         self._project = project
 
+    def projected(self, bucket: Bucket) -> Bucket:
+        """The bucket of base patches that a bucket's videos are projected to."""
+        rows, columns = bucket.grid
+        return Bucket(bucket.frames, rows * self._base[0], columns * self._base[1], self._base)
+
     def __call__(self, video, bucket: Bucket):
         """Projects uint8 (B, T, H, W, 3) to float32 (B, T, rows * base, columns * base, 3)."""
-        rows, columns = bucket.grid
-        height, width = rows * self._base[0], columns * self._base[1]
-        return self._project(video, bucket), Bucket(bucket.frames, height, width, self._base)
+        return self._project(video, bucket), self.projected(bucket)
 
 
 def cross_entropy(logits, labels, smoothing: float):
@@ -79,6 +82,7 @@ class TrainStep:
 
     Attributes:
       stem: the `Stem`.
+      trunk: trunk(state, batch with projected video, projected bucket), what `step` does after it.
       traces: how often the trunk was traced for each projected bucket; 1 for all that were met.
     """
 
@@ -108,7 +112,7 @@ class TrainStep:
             params = optax.apply_updates(state["params"], updates)
             return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
-        self._step = train_step
+        self.trunk = train_step
 
     @property
     def compilations(self) -> int:
@@ -128,7 +132,7 @@ class TrainStep:
         """
         video, bucket = self.stem(batch["video"], bucket)
         arrays = {"video": video, "label": batch["label"], "mask": batch["mask"]}
-        return self._step(state, arrays, bucket)
+        return self.trunk(state, arrays, bucket)
 
 
 def make_eval_step(model: ModelConfig, stretch: StretchConfig, dtype: str = "float32"):

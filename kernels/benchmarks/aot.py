@@ -136,7 +136,7 @@ def target_device(target: str):
     """
     if reason := missing_packages():
         raise AotUnavailable(reason)
-    name = TARGETS[_capability(target)]
+    name = TARGETS[capability_of(target)]
     text = (pathlib.Path(__file__).parent / "targets" / f"{name}.txtpb").read_text()
     describe = functools.partial(
         topologies.get_topology_desc,
@@ -154,7 +154,7 @@ def target_device(target: str):
         return describe().devices[0]
 
 
-def _capability(target: str) -> str:
+def capability_of(target: str) -> str:
     """Returns the compute capability of a target."""
     names = {name: capability for capability, name in TARGETS.items()}
     if target not in TARGETS and target not in names:
@@ -287,7 +287,7 @@ def kernel_of(eqn, target) -> tuple[CompiledKernel, list]:
     """Compiles the kernel of one call; returns it and its parameters, None for each array."""
     params = dict(eqn.params)
     if "compute_capability" in params:  # of jax_triton, which compiles when it lowers
-        params["compute_capability"] = int(_capability(target).replace(".", ""))
+        params["compute_capability"] = int(capability_of(target).replace(".", ""))
 
     def call(*operands):
         return eqn.primitive.bind(*operands, **params)

@@ -1,0 +1,66 @@
+"""Device memory of the training step, from compiling it."""
+
+import dataclasses
+
+import pytest
+from stretchysnake_bench import aot
+
+from stretchysnake_jax import cli, memory
+from stretchysnake_jax.step import init_state
+
+needs_compiler = pytest.mark.skipif(
+    aot.missing_packages() is not None, reason=str(aot.missing_packages())
+)
+
+
+def test_one_row_per_bucket_and_one_compilation_per_trunk(tiny_config):
+    rows = list(memory.measure(tiny_config))
+    assert [(b.frames, b.height) for b, _ in rows] == [(2, 8), (2, 16), (2, 24)]
+    found = rows[0][1]
+    assert all(other is found for _, other in rows)  # static tokens: one trunk
+    # Parameters, two moments, and two step counts.
+    state = init_state(tiny_config, 1)
+    assert found.state == memory.size(state) > 3 * memory.size(state["params"])
+    assert found.batch == 3 * (2 * 16 * 16 * 3 + 2) * 4
+    assert found.total > found.temporary > found.batch
+
+
+def test_memory_grows_linearly_with_the_batch(tiny_config):
+    def temporary(batch_size):
+        tiny_config.data = dataclasses.replace(tiny_config.data, batch_size=batch_size)
+        return next(memory.measure(tiny_config))[1].temporary
+
+    small, large = temporary(32), temporary(64)
+    assert 1.5 < large / small < 2.1
+
+
+def test_the_command(tiny_config_file, capsys):
+    argv = ["inspect", "memory", "--config", str(tiny_config_file)]
+    assert cli.main([*argv, "--implementations", "xla,reference"]) == 0
+    table = capsys.readouterr().out
+    assert "xla   reference" in table and "2x24x24/6" in table
+    for more, words in (
+        (["--implementations", "xls"], "--implementations has 'xls'"),
+        (["--implementations", "pallas"], "pallas: runs on GPUs, the default device is a cpu"),
+        (["--device", "h1000"], "h1000"),
+    ):
+        assert cli.main(argv + more) == 2
+        assert words in capsys.readouterr().err
+    assert cli.main(argv[:2]) == 2
+    assert "--config is missing" in capsys.readouterr().err
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_our_kernels_need_less_memory_on_a_gpu(tiny_config):
+    tiny_config.model.dim, tiny_config.model.depth, tiny_config.model.state = 64, 4, 16
+    tiny_config.stretch.frames, tiny_config.train.dtype = (8,), "bfloat16"
+    tiny_config.stretch.sizes = (56,)
+    tiny_config.model.size = (56, 56)
+
+    def temporary(implementation):
+        return next(memory.measure(tiny_config, "h100", implementation))[1].temporary
+
+    ours = temporary("pallas")
+    assert ours < 0.6 * temporary("xla")
+    assert ours < 0.1 * temporary("reference")
