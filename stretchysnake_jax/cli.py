@@ -5,8 +5,10 @@ Every subcommand is a module with main(argv) -> exit status, imported when it is
 """
 
 import importlib
+import os
 import re
 import sys
+from importlib.util import find_spec
 
 from stretchysnake_jax.config import Config, ConfigError, field_names, nearest, validate
 
@@ -111,6 +113,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"unknown command {argv[0]!r}: {nearest(argv[0], COMMANDS)}", file=sys.stderr)
         return 2
+    if find_spec("jax_cuda13_plugin") and not find_spec("nvidia"):
+        # The extra [aot] brings JAX's CUDA plugin alone; it would not start without the libraries.
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     from stretchysnake_kernels import configure_cpu
 
     configure_cpu()  # before anything of JAX starts
