@@ -4,13 +4,17 @@ The PTX runs in the emulator; nothing here needs a GPU, only the packages of the
 """
 
 import collections
+import functools
 import json
 import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.export
 import pytest
 from stretchysnake_bench import aot, kernels_table, proof, sass
+from stretchysnake_kernels.selective_scan import api, gpu
 
 needs_compiler = pytest.mark.skipif(
     aot.missing_packages() is not None, reason=str(aot.missing_packages())
@@ -83,6 +87,28 @@ def test_traffic(implementation, target):
     rows = proof.measure_traffic(implementation, target)
     assert [row["misses"] for row in rows] == [[], []]
     assert all(row["times_least"] > 0.99 for row in rows)  # something was counted
+
+
+@needs_compiler
+@pytest.mark.parametrize("implementation", proof.EMULATED)
+def test_export_without_the_gpu(implementation):
+    case = proof.Case("", 8)
+    shapes = jax.tree.map(
+        lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), proof.draw(case)
+    )
+
+    @jax.jit
+    def gradients(args, cotangents):
+        with gpu.compile_for(proof.find_gpu("9.0")):
+            remat = jax.checkpoint(functools.partial(proof.run, case, implementation))
+            return remat(args, cotangents)
+
+    with aot.as_if_on(aot.target_device("9.0")):
+        exported = jax.export.export(
+            gradients, platforms=["cuda"], disabled_checks=api.export_checks()
+        )(*shapes)
+    assert exported.platforms == ("cuda",)
+    assert exported.mlir_module().count("stablehlo.custom_call @") >= 2
 
 
 def loop(**opcodes):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from stretchysnake_kernels import bidirectional_selective_scan, dispatch, selective_scan
-from stretchysnake_kernels.selective_scan import api, native
+from stretchysnake_kernels.selective_scan import api
 from stretchysnake_kernels.selective_scan.arg_specs import ARG_SPECS, ArgSpec, make_args
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -343,10 +343,7 @@ def test_traced_once_and_exported(implementation):
     want = run(args)
     run(other)
     assert len(traces) == 1
-    # Custom calls are ours to keep stable; JAX wants to be told so.
-    targets = [native.FORWARD, native.BACKWARD] if implementation == "native" else []
-    checks = [jax.export.DisabledSafetyCheck.custom_call(target) for target in targets]
-    exported = jax.export.export(run, disabled_checks=checks)(args)
+    exported = jax.export.export(run, disabled_checks=api.export_checks())(args)
     for name, gradient in exported.call(args).items():
         assert_close(gradient, want[name], 1e-6, name)
 

@@ -163,7 +163,7 @@ def capability_of(target: str) -> str:
     return names.get(target, target)
 
 
-def _as_if_on(device):
+def as_if_on(device):
     """A context in which Pallas lowers for `device`. JAX 0.10 lowers alike for every GPU."""
     if not hasattr(jax.sharding, "AbstractDevice"):
         return contextlib.nullcontext()
@@ -267,7 +267,7 @@ def _lower(function, args, target, keep_unused=False):
         shape = shaped_abstractify(leaf)
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
-    with _as_if_on(device):
+    with as_if_on(device):
         return jax.jit(function, keep_unused=keep_unused).lower(*jax.tree.map(place, args))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax
+import jax.export
 
 from stretchysnake_kernels import dispatch
 from stretchysnake_kernels.selective_scan import mosaic_gpu, native, pallas, reference, triton, xla
@@ -40,6 +41,8 @@ BIDIRECTIONAL = {
     "xla": _two_calls(xla.selective_scan),
     "reference": _two_calls(reference.selective_scan),
 }
+# Of Pallas and of jax-triton, in JAX 0.10 to 0.12.
+TRITON_CALLS = ("__gpu$xla.gpu.triton", "triton_kernel_call_ffi", "triton_kernel_call")
 # Tried in this order where the caller names no implementation.
 DEFAULT_ORDER = {
     "cpu": ("native", "xla", "reference"),
@@ -165,6 +168,17 @@ def bidirectional_selective_scan(
         *args,
         delta_softplus=bool(delta_softplus),
     )
+
+
+def export_checks() -> list[jax.export.DisabledSafetyCheck]:
+    """Returns the `disabled_checks` of `jax.export.export` for programs that call the scan.
+
+    JAX wants to be told that a program may hold custom calls whose names it does not vouch for: our
+    C++ functions, and the Triton kernels of a GPU. It runs where this package (for the former) and
+    a JAX that knows them (for the latter) are.
+    """
+    calls = (native.FORWARD, native.BACKWARD, *TRITON_CALLS)
+    return [jax.export.DisabledSafetyCheck.custom_call(call) for call in calls]
 
 
 def _check(op, leading, x, delta, A, B, C, D, z, delta_bias, initial_state):
