@@ -4,6 +4,7 @@ What the compiled kernels compute is tested in test_gpu_kernels.py, on the PTX.
 """
 
 import functools
+import re
 import subprocess
 import sys
 
@@ -43,11 +44,11 @@ def scan_and_gradients(scan, args, cotangents):
     return jax.tree.map(np.asarray, run(args, cotangents))
 
 
-def interpreted(args, cotangents, chunks=None, **options):
-    """`scan_and_gradients` of the kernels."""
+def interpreted(args, cotangents, chosen=None, **options):
+    """`scan_and_gradients` of the kernels, launched as `chosen`."""
 
     def scan(args):
-        with gpu.interpret(), gpu.options(chunks=chunks):
+        with gpu.interpret(), gpu.options(**chosen or {}):
             return pallas.selective_scan(*map(args.get, NAMES), **options)
 
     return scan_and_gradients(scan, args, cotangents)
@@ -80,9 +81,9 @@ def assert_same(got, want, forward=FORWARD, gradient=GRADIENT):
         assert_close(value, want[1][name], gradient, f"gradient of {name}")
 
 
-def assert_exact(args, cotangents, *, delta_softplus=True, reverse=False, chunks=None):
+def assert_exact(args, cotangents, *, delta_softplus=True, reverse=False, **chosen):
     options = dict(delta_softplus=delta_softplus, reverse=reverse)
-    got = interpreted(args, cotangents, chunks=chunks, **options)
+    got = interpreted(args, cotangents, chosen, **options)
     assert_same(got, exact(args, cotangents, **options))
 
 
@@ -185,6 +186,39 @@ def test_chunks_side_by_side_give_the_same():
     assert_exact(args, cotangents, chunks=3)
 
 
+@pytest.mark.parametrize(
+    "forward, backward, chunks",
+    [(2, 4, None), pytest.param(4, 2, 3, marks=pytest.mark.slow)],
+)
+def test_programs_of_several_warps_give_the_same(forward, backward, chunks):
+    """The passes share the saved states, whatever the warps of each."""
+    forward, backward = gpu.Launch(2, forward), gpu.Launch(1, backward)
+    case = make_case(ArgSpec("", 1, 75, 128, 8))
+    assert_exact(*case, forward=forward, backward=backward, chunks=chunks)
+
+
+def grids(channels, warps):
+    """Returns the grid of the forward and of the backward kernel."""
+    args, cotangents = make_case(ArgSpec("", 1, 3, channels, 8))
+    launch = gpu.Launch(1, warps)
+
+    def scan(args):
+        with gpu.interpret(), gpu.options(forward=launch, backward=launch):
+            scan = functools.partial(pallas.selective_scan, delta_softplus=True, reverse=False)
+            return scan(*map(args.get, NAMES))
+
+    traced = jax.make_jaxpr(lambda args, d: jax.vjp(scan, args)[1](d))(args, cotangents)
+    return re.findall(r"grid=\((\d+),\)", str(traced))
+
+
+@pytest.mark.parametrize(
+    "channels, warps, programs",
+    [(128, 4, "1"), (128, 1, "4"), (192, 4, "3"), (96, 8, "3"), (100, 4, "1")],
+)
+def test_blocks_of_channels_divide_them(channels, warps, programs):
+    assert grids(channels, warps) == [programs] * 2
+
+
 @pytest.mark.slow
 def test_more_chunks_than_spans():
     args, cotangents = make_case(ArgSpec("", 2, 150, 32, 8))
@@ -264,6 +298,24 @@ def test_unsupported_devices_say_so():
 def test_options_are_checked(chosen, message):
     with pytest.raises(ValueError, match=message):
         gpu.options(**chosen)
+
+
+@pytest.mark.parametrize(
+    "launch, message",
+    [
+        (gpu.Launch(3), "^unroll is 3, takes a divisor of 32"),
+        (gpu.Launch(1, warps=3), r"^warps is 3, takes one of \(1, 2, 4, 8\)"),
+    ],
+)
+def test_launches_are_checked(launch, message):
+    args, _ = make_case(ArgSpec("", 1, 3, 32, 8))
+    scan = functools.partial(pallas.selective_scan, delta_softplus=True, reverse=False)
+    with (
+        gpu.interpret(),
+        gpu.options(forward=launch),
+        pytest.raises(ValueError, match=message),
+    ):
+        scan(*map(args.get, NAMES))
 
 
 def test_importing_the_package_imports_no_pallas():

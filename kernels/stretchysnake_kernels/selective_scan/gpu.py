@@ -42,7 +42,8 @@ class Launch(NamedTuple):
 
     Attributes:
       unroll: tokens per turn of the loop; more overlap, and need more registers.
-      warps: of a program, each of 32 channels.
+      warps: of a program, each of 32 channels: 1, 2, 4 or 8, and fewer where the channels do not
+        divide.
     """
 
     unroll: int

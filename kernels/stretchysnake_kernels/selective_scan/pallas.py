@@ -21,6 +21,7 @@ from stretchysnake_kernels.selective_scan import (
 )
 
 OLDEST = (8, 0)  # compute capability; XLA compiles Triton for no older GPU
+WARPS = (1, 2, 4, 8)  # of a program; more would leave a thread too few registers
 
 
 class Pass(NamedTuple):
@@ -39,8 +40,8 @@ class Pass(NamedTuple):
     resident: int
 
 
-FORWARD = Pass("forward", {8: 8, 16: 4, 32: 2}, overhead=1.7, resident=4)
-BACKWARD = Pass("backward", {8: 1, 16: 2, 32: 1}, overhead=1.2, resident=2)
+FORWARD = Pass("forward", {8: 8, 16: 4, 32: 1}, overhead=1.7, resident=4)
+BACKWARD = Pass("backward", {8: 2, 16: 2, 32: 1}, overhead=1.2, resident=2)
 
 
 def find_target() -> gpu.Target:
@@ -69,11 +70,18 @@ def _make_plan(operands, softplus, reverse, which, target, options):
     )
     if span % launch.unroll:
         raise ValueError(f"unroll is {launch.unroll}, takes a divisor of {span}")
+    if launch.warps not in WARPS:
+        raise ValueError(f"warps is {launch.warps}, takes one of {WARPS}")
+    warps = channels // pallas_math.WARP
     chunks = options.chunks
     if chunks is None:
-        warps = directions * videos * channels // pallas_math.CHANNELS
         chunks = gpu.choose_chunks(
-            warps, length, span, target.multiprocessors, which.overhead, which.resident
+            directions * videos * warps,
+            length,
+            span,
+            target.multiprocessors,
+            which.overhead,
+            which.resident,
         )
     return pallas_plan.Plan(
         reverse=reverse,
@@ -84,6 +92,9 @@ def _make_plan(operands, softplus, reverse, which, target, options):
         chunk=math.ceil(length / chunks / span) * span,
         span=span,
         unroll=launch.unroll,
+        # Fewer than wanted where the channels do not divide into such blocks: one must not reach
+        # over the last channel, and to pad for it would cost more than it wins.
+        warps=math.gcd(launch.warps, warps),
         softplus=softplus,
         math=pallas_math.PORTABLE if target.interpret else pallas_math.PTX,
         interpret=target.interpret,
@@ -114,18 +125,16 @@ def _backward(target, options, operands, checkpoints, d_y, d_last, *, softplus, 
     d_x, d_delta, *d_z, d_A, d_D, d_bias, d_start, sums = pallas_backward.gradients(
         operands, decay, start, saved, d_y, d_last, summary, plan=plan
     )
-    per_video = operands.x.shape[0], operands.x.shape[1], -1
-    # Every block of channels has its own sums.
-    d_B, d_C = pallas_math.ungroup_sums(jnp.sum(sums, axis=2), plan.states)
+    d_B, d_C = pallas_math.ungroup_sums(sums, plan.states)
     return fused.Operands(
         x=d_x,
         delta=d_delta,
         decay=pallas_math.ungroup_states(jnp.sum(d_A, axis=2)),
         B=d_B,
         C=d_C,
-        D=jnp.sum(d_D, axis=2).reshape(per_video),
+        D=jnp.sum(d_D, axis=2),
         z=d_z[0] if d_z else None,
-        bias=jnp.sum(d_bias, axis=2).reshape(per_video),
+        bias=jnp.sum(d_bias, axis=2),
         start=pallas_math.ungroup_states(d_start[:, :, 0]),
     )
 
@@ -137,7 +146,7 @@ def make_kernels(target: gpu.Target, options: gpu.Options) -> fused.Kernels:
         forward=functools.partial(_forward, target, options),
         backward=functools.partial(_backward, target, options),
         states=(8, 16, 32),
-        channels=pallas_math.CHANNELS,
+        channels=pallas_math.WARP,
         dtypes=("float32", "bfloat16", "float16"),
         check=lambda operands, reverse: None,  # find_target has checked what there is to check
     )

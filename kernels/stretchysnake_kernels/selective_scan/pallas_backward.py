@@ -7,7 +7,7 @@ With g_t the gradient of the state h_t, per channel and state:
   g_t = C_t dy_t + exp(dt_{t+1} A) g_{t+1};   with r_t = exp(dt_t A) g_t h_{t-1},
   d_dt = sum_n r A + x sum_n g B;   d_x = dt sum_n g B + D dy;   d_A += dt r;
   d_B = sum_d g dt x;   d_C = sum_d h dy.
-The last two are sums over the channels: every block of 32 writes its own, and XLA adds them up.
+The last two are sums over the channels: every warp writes those of its 32, and XLA adds them up.
 """
 
 import jax.numpy as jnp
@@ -16,13 +16,11 @@ from jax import lax
 from stretchysnake_kernels.selective_scan import pallas_plan as plans
 from stretchysnake_kernels.selective_scan.pallas_forward import advance, join, zero_state
 from stretchysnake_kernels.selective_scan.pallas_math import (
-    CHANNELS,
     GROUP,
     LN_2,
     TILE,
     load_state,
     load_token,
-    modules,
     sigmoid,
     store_state,
     sum_states,
@@ -43,7 +41,7 @@ def summarise(operands, decay, d_y, *, plan):
 
     Returns:
       The gradients of the states before the chunks, as groups (directions, batch, chunks, ...), and
-      the sums of their step sizes, (directions, batch, chunks, blocks, CHANNELS), float32.
+      the sums of their step sizes, (directions, batch, chunks, channels), float32.
     """
     gated, math = operands.z is not None, plan.math
 
@@ -74,7 +72,7 @@ def summarise(operands, decay, d_y, *, plan):
                 steps = steps + dt
             return gradient, steps
 
-        carry = zero_state(plan), jnp.zeros((CHANNELS,), jnp.float32)
+        carry = zero_state(plan), jnp.zeros((plan.block,), jnp.float32)
         begin, steps = walk.backward(walk.first, walk.end, tokens, carry)
         store_state(begin_ref, begin)
         steps_ref[...] = steps
@@ -108,8 +106,8 @@ def gradients(operands, decay, start, saved, d_y, d_last, summary, *, plan):
     Returns:
       Gradients of x, delta and, with a gate, z per direction, in x's dtype; then in float32 of A as
       groups, D and the bias, (directions, batch, chunks, ...) each, and of the states before the
-      chunks; last the sums of B and C per block of channels, (directions, batch, blocks, length,
-      plan.sums), which `ungroup_sums` takes apart once they are added up.
+      chunks; last the sums of B and C per warp, (directions, batch, length, plan.sums, channels),
+      which `ungroup_sums` adds up and takes apart.
     """
     gated, math = operands.z is not None, plan.math
     exact = operands.x.dtype == jnp.float32
@@ -171,8 +169,7 @@ def gradients(operands, decay, start, saved, d_y, d_last, summary, *, plan):
             along_B, inflow = sum_states(g, B, math), dt * x
             tiles = sum_tiles(g, inflow) + sum_tiles(state, d_y)
             for i in range(0, len(tiles), 2):
-                place = modules()[0].ds(i * TILE, CHANNELS)
-                sums_ref[at, place] = math.merge(*tiles[i : i + 2])
+                sums_ref[at, i // 2, :] = math.merge(*tiles[i : i + 2])
             if factors is None:
                 factors = [math.exp2(group * dt[None, :]) for group in load_state(decay_ref)]
             g = tuple(group * factor for group, factor in zip(g, factors, strict=True))
@@ -197,7 +194,7 @@ def gradients(operands, decay, start, saved, d_y, d_last, summary, *, plan):
             walk.forward(first, end, recompute, state)
             return walk.backward(first, end, back, carry)
 
-        g, zero = load_state(d_last_ref), jnp.zeros((CHANNELS,), jnp.float32)
+        g, zero = load_state(d_last_ref), jnp.zeros((plan.block,), jnp.float32)
         if summary is not None:
             last = plan.chunks - 1
             g = join(last, last - walk.chunk, g, load_state(decay_ref), summary_refs, math, step=-1)

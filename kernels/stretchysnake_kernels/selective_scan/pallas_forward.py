@@ -10,7 +10,6 @@ from jax import lax
 
 from stretchysnake_kernels.selective_scan import pallas_plan as plans
 from stretchysnake_kernels.selective_scan.pallas_math import (
-    CHANNELS,
     GROUP,
     load_state,
     load_token,
@@ -32,7 +31,7 @@ def summarise(operands, decay, *, plan):
 
     Returns:
       The states at the ends of the chunks, as groups (directions, batch, chunks, ...), and the sums
-      of their step sizes, (directions, batch, chunks, blocks, CHANNELS), float32.
+      of their step sizes, (directions, batch, chunks, channels), float32.
     """
 
     def kernel(x_ref, delta_ref, decay_ref, B_ref, bias_ref, end_ref, steps_ref):
@@ -51,7 +50,7 @@ def summarise(operands, decay, *, plan):
                 steps = steps + dt
             return state, steps
 
-        carry = zero_state(plan), jnp.zeros((CHANNELS,), jnp.float32)
+        carry = zero_state(plan), jnp.zeros((plan.block,), jnp.float32)
         end, steps = walk.forward(walk.first, walk.end, tokens, carry, read)
         store_state(end_ref, end)
         steps_ref[...] = steps
@@ -149,7 +148,7 @@ def scan(operands, decay, start, summary, *, plan, save):
 
 def zero_state(plan):
     """Returns a state of zeros, as groups."""
-    return (jnp.zeros((GROUP, CHANNELS), jnp.float32),) * plan.groups
+    return (jnp.zeros((GROUP, plan.block), jnp.float32),) * plan.groups
 
 
 def advance(state, dt, x, decay, B, math):

@@ -1,11 +1,12 @@
 """What the Pallas kernels compute with, on a GPU as PTX instructions and elsewhere as plain jnp.
 
-A program is one warp and walks 32 channels, one per thread; a thread keeps all states of its
-channel in registers. They are held as groups of GROUP states, arrays (GROUP, CHANNELS), of which
+A program walks the channels of a block, one per thread, 32 per warp; a thread keeps all states of
+its channel in registers. They are held as groups of GROUP states, arrays (GROUP, block), of which
 Triton lays the first axis out in the thread; a larger array of states it would spread over the
 lanes, and every sum over the states would be a row of shuffles. In memory a state as groups is
-(..., blocks of channels, states / GROUP, CHANNELS, GROUP) float32: a thread moves a group as one
-128-bit access, and the groups of a program lie side by side.
+(..., channels / WARP, states / GROUP, WARP, GROUP) float32: a thread moves a group as one 128-bit
+access, the groups of a warp lie side by side (with a stride of all channels between them each would
+take an address of its own, and registers), and how many warps a program has makes no difference.
 """
 
 import functools
@@ -21,7 +22,7 @@ from stretchysnake_kernels.dispatch import Unsupported
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
-CHANNELS = 32  # of a program: one warp, one channel per thread
+WARP = 32  # threads, with one channel each
 GROUP = 4  # float32 numbers in one 128-bit access
 TILE = 16  # sums over the channels that are computed together
 # log(1 + e) = s P(s^2) with s = e / (e + 2) <= 1/3, which is 2 artanh(s). P by Remez exchange on
@@ -56,11 +57,11 @@ class Math(NamedTuple):
       fma: (a, b, c) -> a b + c, broadcast.
       exp2: v -> 2^v.
       reciprocal: v -> 1 / v.
-      sum_channels: (up to four groups, factor (CHANNELS,), exact) -> a tile (CHANNELS,), the inner
-        product of each state with the factor, still in parts. Without `exact` a GPU cuts the
-        addends to 11 bits.
-      merge: two tiles -> (CHANNELS,), the TILE sums of the first one, then those of the second one,
-        both in the order that `ungroup_sums` takes.
+      sum_channels: (up to four groups, factor (block,), exact) -> a tile, for every warp the inner
+        product of each state with the factor over its channels, still in parts. Without `exact` a
+        GPU cuts the addends to 11 bits.
+      merge: two tiles -> (block,), for every warp the TILE sums of the first one, then those of the
+        second one, both in the order that `ungroup_sums` takes.
     """
 
     fma: Callable
@@ -71,8 +72,9 @@ class Math(NamedTuple):
 
 
 def _portable_sums(groups, factor, exact):
-    sums = jnp.sum(jnp.stack(groups) * factor, axis=2).T
-    return jnp.pad(sums, ((0, 0), (0, TILE // GROUP - len(groups)))).reshape(TILE)
+    addends = (jnp.stack(groups) * factor).reshape(len(groups), GROUP, -1, WARP)
+    sums = jnp.sum(addends, axis=3).T
+    return jnp.pad(sums, ((0, 0), (0, 0), (0, TILE // GROUP - len(groups)))).reshape(-1, TILE)
 
 
 PORTABLE = Math(
@@ -80,7 +82,7 @@ PORTABLE = Math(
     exp2=jnp.exp2,
     reciprocal=lambda v: 1 / v,
     sum_channels=_portable_sums,
-    merge=lambda first, second: jnp.concatenate((first, second)),
+    merge=lambda first, second: jnp.concatenate((first, second), axis=1).reshape(-1),
 )
 
 
@@ -206,7 +208,7 @@ def softplus_and_sigmoid(v, z, math):
 
 
 def sum_states(left, right, math):
-    """Returns the sum over the states of the product of two lists of groups: (CHANNELS,)."""
+    """Returns the sum over the states of the product of two lists of groups: (block,)."""
     total = left[0] * right[0]
     for a, b in zip(left[1:], right[1:], strict=True):
         total = math.fma(a, b, total)
@@ -214,12 +216,12 @@ def sum_states(left, right, math):
 
 
 def rows_of(groups):
-    """Returns the rows (CHANNELS,) of groups (GROUP, CHANNELS).
+    """Returns the rows (block,) of groups (GROUP, block).
 
     Pallas for Triton cannot slice a value; a sum of which one addend remains is free: the choice is
     known when compiling, and -0.0 + v is v.
     """
-    index = lax.broadcasted_iota(jnp.int32, (GROUP, CHANNELS), 0)
+    index = lax.broadcasted_iota(jnp.int32, groups[0].shape, 0)
     return [
         jnp.sum(jnp.where(index == k, group, -0.0), axis=0)
         for group in groups
@@ -228,15 +230,15 @@ def rows_of(groups):
 
 
 def load_state(ref, *index):
-    """Reads a state from ref[*index], (states / GROUP, CHANNELS, GROUP), as a tuple of groups."""
-    groups = ref.shape[len(index)]
-    return tuple(ref[(*index, j)].T for j in range(groups))
+    """Returns the state ref[*index], (warps, states / GROUP, WARP, GROUP), as a tuple of groups."""
+    groups = ref.shape[-3]
+    return tuple(ref[(*index, slice(None), j)].reshape(-1, GROUP).T for j in range(groups))
 
 
 def store_state(ref, groups, *index):
     """Writes what `load_state` reads."""
     for j, group in enumerate(groups):
-        ref[(*index, j)] = group.T
+        ref[(*index, slice(None), j)] = group.T.reshape(-1, WARP, GROUP)
 
 
 def load_token(ref, position):
@@ -247,23 +249,28 @@ def load_token(ref, position):
 
 
 def group_states(value):
-    """Moves (..., states, channels) into groups (..., blocks, states / GROUP, CHANNELS, GROUP)."""
+    """Moves (..., states, channels) into groups (..., warps, states / GROUP, WARP, GROUP)."""
     *leading, states, channels = value.shape
-    blocks = channels // CHANNELS
-    value = value.reshape(*leading, states // GROUP, GROUP, blocks, CHANNELS)
+    value = value.reshape(*leading, states // GROUP, GROUP, channels // WARP, WARP)
     return jnp.moveaxis(value, (-2, -4, -1, -3), (-4, -3, -2, -1))
 
 
 def ungroup_states(value):
     """The inverse of `group_states`."""
-    *leading, blocks, groups, _, _ = value.shape
+    *leading, warps, groups, _, _ = value.shape
     value = jnp.moveaxis(value, (-4, -3, -2, -1), (-2, -4, -1, -3))
-    return value.reshape(*leading, groups * GROUP, blocks * CHANNELS)
+    return value.reshape(*leading, groups * GROUP, warps * WARP)
 
 
 def ungroup_sums(value, states):
-    """Returns the gradients of B and C (..., states) from what `Math.merge` returned for them."""
-    *leading, size = value.shape
-    value = value.reshape(*leading, 2, size // TILE // 2, GROUP, TILE // GROUP)
-    value = jnp.swapaxes(value, -1, -2).reshape(*leading, 2, size // 2)
+    """Adds up over the warps what `Math.merge` returned: the gradients of B and C (..., states).
+
+    Args:
+      value: (..., rows, channels), a row for every two tiles, first those of B, then those of C.
+      states: their number.
+    """
+    *leading, rows, _ = value.shape
+    value = jnp.sum(value.reshape(*leading, rows, -1, WARP), axis=-2)
+    value = value.reshape(*leading, 2, -1, GROUP, TILE // GROUP)
+    value = jnp.swapaxes(value, -1, -2).reshape(*leading, 2, -1)
     return value[..., 0, :states], value[..., 1, :states]

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from stretchysnake_kernels.selective_scan.pallas_math import (
-    CHANNELS,
     GROUP,
     TILE,
+    WARP,
     Math,
     modules,
     softplus,
@@ -17,38 +17,39 @@ from stretchysnake_kernels.selective_scan.pallas_math import (
 
 GRID = ("block", "direction", "video", "chunk")
 # The axes of the arrays, by name: those of the grid (a program sees its own entry, without the
-# axis), "channels" (a program sees its own 32), and the others, which it sees whole. "chunks" is
-# "chunk" seen whole.
+# axis), "channels" and "warps" of them (a program sees those of its block), and the others, which
+# it sees whole. "chunks" is "chunk" seen whole.
 TOKENS = "direction video length channels"
 GATE = "one video length channels"
 STATES = "direction video length states"
 VECTOR = "direction channels"
-DECAY = "direction block groups lanes group"
-START = "direction video block groups lanes group"
-CHUNK_STATE = "direction video chunk block groups lanes group"
-CHUNK_VECTOR = "direction video chunk block lanes"
-CHUNK_STATES = "direction video chunks block groups lanes group"
-CHUNK_VECTORS = "direction video chunks block lanes"
-SAVED = "direction video saved block groups lanes group"
-SCRATCH = "direction video chunk block slots groups lanes group"
-SUMS = "direction video block length sums"
+DECAY = "direction warps groups lanes group"
+START = "direction video warps groups lanes group"
+CHUNK_STATE = "direction video chunk warps groups lanes group"
+CHUNK_VECTOR = "direction video chunk channels"
+CHUNK_STATES = "direction video chunks warps groups lanes group"
+CHUNK_VECTORS = "direction video chunks channels"
+SAVED = "direction video saved warps groups lanes group"
+SCRATCH = "direction video chunk slots warps groups lanes group"
+SUMS = "direction video length sums channels"
 
 
 class Plan(NamedTuple):
     """The static side of a launch.
 
-    A program walks one chunk of one video in one direction, for 32 channels. Tokens are counted in
-    the order of the walk.
+    A program walks one chunk of one video in one direction, for a block of channels. Tokens are
+    counted in the order of the walk.
 
     Attributes:
       reverse: one bool per direction.
       videos: size of the batch.
       length: tokens of a video.
-      channels: a multiple of 32.
+      channels: a multiple of `block`.
       states: a multiple of GROUP.
       chunk: tokens of a chunk, a multiple of `span`; the last one may be shorter.
       span: tokens between two saved states, a multiple of `unroll`.
       unroll: tokens that one turn of the loop handles.
+      warps: of a program, which walks 32 channels with each.
       softplus: whether the step size goes through softplus.
       math: how to compute.
       interpret: whether to run on the CPU, as plain JAX.
@@ -62,14 +63,20 @@ class Plan(NamedTuple):
     chunk: int
     span: int
     unroll: int
+    warps: int
     softplus: bool
     math: Math
     interpret: bool
 
     @property
+    def block(self):
+        """Channels of a program."""
+        return WARP * self.warps
+
+    @property
     def grid(self):
         """Axis -> programs along it. Axes of one program are left out: they take registers."""
-        sizes = (self.channels // CHANNELS, len(self.reverse), self.videos, self.chunks)
+        sizes = (self.channels // self.block, len(self.reverse), self.videos, self.chunks)
         return {a: size for a, size in zip(GRID, sizes, strict=True) if size > 1} or {GRID[0]: 1}
 
     @property
@@ -86,8 +93,8 @@ class Plan(NamedTuple):
 
     @property
     def sums(self):
-        """Sums over channels per token: of the gradients of B and C, each in whole tiles."""
-        return 2 * max(TILE, self.states)
+        """Rows of a warp's sums per token: of the gradients of B and C, each in whole tiles."""
+        return 2 * max(TILE, self.states) // WARP
 
     @property
     def slots(self):
@@ -198,13 +205,13 @@ class Walk:
 
 
 def step_size(delta, bias, plan):
-    """Returns dt (CHANNELS,) of one token, and its derivative by delta."""
+    """Returns dt (block,) of one token, and its derivative by delta."""
     v = delta.astype(jnp.float32) + bias
     return softplus(v, plan.math) if plan.softplus else (v, jnp.ones_like(v))
 
 
 def launch(kernel, plan, *, inputs, outputs, name):
-    """Calls `kernel` once per block of 32 channels, direction, video and chunk.
+    """Calls `kernel` once per block of channels, direction, video and chunk.
 
     Args:
       kernel: takes a ref per input and output.
@@ -217,17 +224,16 @@ def launch(kernel, plan, *, inputs, outputs, name):
       The list of outputs.
     """
     pallas, triton = modules()
-    blocks, directions = plan.channels // CHANNELS, len(plan.reverse)
     sizes = {
-        "block": blocks,
-        "direction": directions,
+        "direction": len(plan.reverse),
         "video": plan.videos,
         "chunk": plan.chunks,
         "chunks": plan.chunks,
         "one": 1,
         "length": plan.length,
         "channels": plan.channels,
-        "lanes": CHANNELS,
+        "warps": plan.channels // WARP,
+        "lanes": WARP,
         "states": plan.states,
         "groups": plan.groups,
         "group": GROUP,
@@ -243,10 +249,11 @@ def launch(kernel, plan, *, inputs, outputs, name):
 
         def index(*grid):
             at = dict(zip(plan.grid, grid, strict=True))
-            at["channels"] = at.get("block", 0)
+            at["channels"] = at["warps"] = at.get("block", 0)
             return tuple(at.get(axis, 0) for axis in axes)
 
-        shown = [CHANNELS if axis == "channels" else sizes[axis] for axis in axes]
+        own = {"channels": plan.block, "warps": plan.warps}
+        shown = [own.get(axis, sizes[axis]) for axis in axes]
         shown = [
             None if axis in (*GRID, "one") else size for axis, size in zip(axes, shown, strict=True)
         ]
@@ -262,7 +269,7 @@ def launch(kernel, plan, *, inputs, outputs, name):
         in_specs=[spec(axes) for axes, _ in inputs],
         out_specs=[spec(axes) for axes, _ in outputs],
         out_shape=[shape(axes, dtype) for axes, dtype in outputs],
-        compiler_params=triton.CompilerParams(num_warps=1, num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=plan.warps, num_stages=1),
         interpret=plan.interpret,
         name=name,
     )
