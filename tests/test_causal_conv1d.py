@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stretchysnake_kernels import causal_conv1d
+from stretchysnake_kernels import bidirectional_causal_conv1d, causal_conv1d, dispatch
 from stretchysnake_kernels.causal_conv1d import api
 from stretchysnake_kernels.causal_conv1d.arg_specs import ARG_SPECS, make_args
 
@@ -16,6 +16,7 @@ GOLDEN_CASES = sorted({name.rsplit("_", 1)[0] for name in np.load(GOLDENS) if na
 SPECS = {spec.name: spec for spec in ARG_SPECS if not spec.bench}
 TOLERANCE = 5e-6  # of the largest entry of each array
 
+# Whatever runs on this platform; a backend for another one says so and is left out.
 implementations = pytest.mark.parametrize("implementation", sorted(api.IMPLEMENTATIONS))
 directions = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 
@@ -29,6 +30,14 @@ def assert_close(got, want, tolerance=TOLERANCE, name=""):
     )
 
 
+def taken(**args):
+    """Calls one implementation, or skips the test with the reason why it does not take the call."""
+    try:
+        return causal_conv1d(**args)
+    except dispatch.Unsupported as reason:
+        pytest.skip(str(reason))
+
+
 def run(args, cotangent, **options):
     """Returns y and the gradient of every argument, under jit."""
 
@@ -38,7 +47,7 @@ def run(args, cotangent, **options):
 
     @functools.partial(jax.jit, compiler_options=fast)
     def forward_and_back(args, cotangent):
-        y, pullback = jax.vjp(lambda args: causal_conv1d(**args, **options), args)
+        y, pullback = jax.vjp(lambda args: taken(**args, **options), args)
         return y, pullback(cotangent)[0]
 
     return forward_and_back(args, cotangent)
@@ -136,9 +145,9 @@ def test_matches_goldens(implementation, case):
 @implementations
 def test_reverse_is_the_flipped_convolution(implementation):
     args = make_args(SPECS["odd"])
-    y = causal_conv1d(**args, activation="silu", reverse=True, implementation=implementation)
+    y = taken(**args, activation="silu", reverse=True, implementation=implementation)
     flipped = args | {"x": args["x"][:, ::-1]}
-    want = causal_conv1d(**flipped, activation="silu", implementation=implementation)[:, ::-1]
+    want = taken(**flipped, activation="silu", implementation=implementation)[:, ::-1]
     assert_close(y, want, 1e-6)
 
 
@@ -147,7 +156,7 @@ def test_reverse_is_the_flipped_convolution(implementation):
 def test_half_precision_rounds_once(implementation, dtype, rounding):
     args = make_args(SPECS["typical"])
     x = jnp.asarray(args["x"], dtype)
-    y = causal_conv1d(x, args["weight"], args["bias"], implementation=implementation)
+    y = taken(**args | {"x": x}, implementation=implementation)
     assert y.dtype == dtype
     want = numpy_convolution(np.asarray(x, np.float32), args["weight"], args["bias"], False)
     assert_close(y, want, rounding)
@@ -160,9 +169,7 @@ def test_vmap_and_one_trace(implementation):
     @jax.jit
     def gradient(args):
         traces.append(1)
-        convolve = functools.partial(
-            causal_conv1d, activation="silu", implementation=implementation
-        )
+        convolve = functools.partial(taken, activation="silu", implementation=implementation)
         return jax.vmap(jax.grad(lambda args: jnp.sin(convolve(**args)).sum()))(args)
 
     each = [make_args(SPECS["odd"], seed) for seed in range(2)]
@@ -171,7 +178,7 @@ def test_vmap_and_one_trace(implementation):
     gradient(jax.tree.map(lambda leaf: leaf[::-1], together))
     assert len(traces) == 1
     for index, args in enumerate(each):
-        y = causal_conv1d(**args, activation="silu", implementation=implementation)
+        y = taken(**args, activation="silu", implementation=implementation)
         _, want = run(args, jnp.cos(y), activation="silu", implementation=implementation)
         for name, value in want.items():
             assert_close(got[name][index], value, name=name)
@@ -200,10 +207,69 @@ def test_float64_stays_float64():
         ),
         ({"bias": 0.0}, TypeError, r"bias must be an array of shape \(channels\), got float"),
         ({"activation": "gelu"}, ValueError, "activation is 'gelu', takes None or 'silu'"),
-        ({"implementation": "cuda"}, ValueError, r"'cuda', takes one of \['reference', 'xla'\]"),
+        ({"implementation": "cuda"}, ValueError, r"'cuda', takes one of \['pallas', 'reference', "),
     ],
 )
 def test_errors_name_the_argument(change, error, words):
     with pytest.raises(error, match=words) as caught:
         causal_conv1d(**make_args(SPECS["odd"]) | change)
     assert str(caught.value).startswith("causal_conv1d: ")
+
+
+# Both directions
+
+
+def make_two():
+    """Arguments of a call in both directions, and a cotangent."""
+    first, second = make_args(SPECS["odd"]), make_args(SPECS["odd"], seed=1)
+    args = {name: np.stack([first[name], second[name]]) for name in ("weight", "bias")}
+    d_y = np.random.default_rng(7).normal(size=(2, *first["x"].shape)).astype("f")
+    return args | {"x": first["x"]}, d_y
+
+
+def two_calls(x, weight, bias=None, **options):
+    biases = (None, None) if bias is None else bias
+    calls = zip(weight, biases, (False, True), strict=True)
+    return jnp.stack([causal_conv1d(x, w, b, reverse=r, **options) for w, b, r in calls])
+
+
+@pytest.mark.parametrize("implementation", sorted(api.BIDIRECTIONAL))
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_both_directions_are_two_calls(implementation, bias):
+    args, d_y = make_two()
+    if not bias:
+        del args["bias"]
+
+    def outputs(op):
+        @jax.jit
+        def run(args):
+            y, pullback = jax.vjp(lambda args: op(**args, **options), args)
+            return y, pullback(d_y)[0]
+
+        options = dict(activation="silu", implementation=implementation)
+        try:
+            return jax.tree.map(np.asarray, run(args))
+        except dispatch.Unsupported as reason:
+            pytest.skip(str(reason))
+
+    got, want = outputs(bidirectional_causal_conv1d), outputs(two_calls)
+    assert_close(got[0], want[0], 1e-6)
+    for name, gradient in got[1].items():
+        assert_close(gradient, want[1][name], 1e-6, name)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"weight": np.ones((3, 7), "f")}, r"weight has shape \(3, 7\), takes \(directions, width"),
+        ({"bias": np.ones(7, "f")}, r"bias has shape \(7,\), takes \(directions, channels\) = "),
+        (
+            {"weight": np.ones((1, 3, 7), "f"), "bias": None},
+            r"weight has shape \(1, 3, 7\), takes 2 directions, forward and backward, first",
+        ),
+    ],
+)
+def test_errors_of_both_directions_name_the_argument(change, words):
+    args, _ = make_two()
+    with pytest.raises(ValueError, match="^bidirectional_causal_conv1d: " + words):
+        bidirectional_causal_conv1d(**args | change)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from stretchysnake_kernels import bidirectional_selective_scan, causal_conv1d
+from stretchysnake_kernels import bidirectional_causal_conv1d, bidirectional_selective_scan
 
 
 def make_params(width: int, channels: int, state: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -45,11 +45,7 @@ def mixer(params: dict[str, jax.Array], u: jax.Array, implementation=None) -> ja
     def both(name):
         return jnp.stack([params[name + "_f"], params[name + "_b"]])
 
-    def convolve(way):
-        weight, bias = params["conv_" + way], params["conv_bias_" + way]
-        return causal_conv1d(x, weight, bias, activation="silu", reverse=way == "b")
-
-    x = jnp.stack([convolve(way) for way in "fb"])
+    x = bidirectional_causal_conv1d(x, both("conv"), both("conv_bias"), activation="silu")
     low, B, C = jnp.split(
         jnp.einsum("gblc,gcr->gblr", x, both("x_proj")), (rank, rank + state), axis=-1
     )

@@ -8,7 +8,7 @@ that walks from the end give the same numbers.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from stretchysnake_kernels import bidirectional_selective_scan, causal_conv1d
+from stretchysnake_kernels import bidirectional_causal_conv1d, bidirectional_selective_scan
 
 from stretchysnake_jax.config import ModelConfig
 
@@ -91,11 +91,12 @@ class BidirectionalMixer(nnx.Module):
         def both(parameter):  # of the two directions, one behind the other
             return jnp.stack([parameter(self.forward), parameter(self.backward)])
 
-        def convolve(direction, reverse):
-            kernel, bias = direction.conv.kernel[...], direction.conv.bias[...]
-            return causal_conv1d(x, kernel, bias, activation="silu", reverse=reverse)
-
-        x = jnp.stack([convolve(self.forward, False), convolve(self.backward, True)])
+        x = bidirectional_causal_conv1d(
+            x,
+            both(lambda direction: direction.conv.kernel[...]),
+            both(lambda direction: direction.conv.bias[...]),
+            activation="silu",
+        )
         x_proj = both(lambda direction: direction.x_proj.kernel[...]).astype(x.dtype)
         dt, B, C = jnp.split(
             jnp.einsum("gblc,gcr->gblr", x, x_proj), (self.rank, self.rank + self.state), axis=-1

@@ -1,5 +1,5 @@
 """Depthwise causal convolution over tokens."""
 
-from stretchysnake_kernels.causal_conv1d.api import causal_conv1d
+from stretchysnake_kernels.causal_conv1d.api import bidirectional_causal_conv1d, causal_conv1d
 
-__all__ = ["causal_conv1d"]
+__all__ = ["bidirectional_causal_conv1d", "causal_conv1d"]
