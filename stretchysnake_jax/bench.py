@@ -4,18 +4,23 @@ import importlib
 
 from stretchysnake_jax.config import ConfigError, nearest
 
+# name -> (module, what it does)
 BENCHMARKS = {
-    "scan": "stretchysnake_bench.scan",
-    "kernels": "stretchysnake_bench.kernels_table",
-    "gpu": "stretchysnake_bench.gpu_report",
+    "scan": ("stretchysnake_bench.scan", "time and memory of the selective scan; --tune on a GPU"),
+    "kernels": ("stretchysnake_bench.kernels_table", "what the GPU kernels need, without a GPU"),
+    "gpu": ("stretchysnake_bench.gpu_report", "all that needs a GPU: tests, tuning, benchmark"),
 }
+USAGE = "usage: stretchysnake bench NAME ...\n\n" + "\n".join(
+    f"  {name:<10}{text}" for name, (_, text) in BENCHMARKS.items()
+)
+USAGE += "\n\n'stretchysnake bench NAME --help' says what one takes."
 
 
 def main(argv: list[str]) -> int:
     """Runs `stretchysnake bench NAME ...`."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: stretchysnake bench NAME ...\n\nNAME is one of: {', '.join(BENCHMARKS)}")
+        print(USAGE)
         return 0 if argv else 2
     if argv[0] not in BENCHMARKS:
         raise ConfigError(f"unknown benchmark {argv[0]!r}: {nearest(argv[0], BENCHMARKS)}")
-    return importlib.import_module(BENCHMARKS[argv[0]]).main(argv[1:])
+    return importlib.import_module(BENCHMARKS[argv[0]][0]).main(argv[1:])

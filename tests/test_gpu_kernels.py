@@ -3,7 +3,6 @@
 The PTX runs in the emulator; nothing here needs a GPU, only the packages of the extra [aot].
 """
 
-import collections
 import functools
 import json
 import pathlib
@@ -13,7 +12,7 @@ import sys
 import jax
 import jax.export
 import pytest
-from stretchysnake_bench import aot, kernels_table, proof, sass
+from stretchysnake_bench import aot, kernels_table, proof
 from stretchysnake_kernels.selective_scan import api, gpu
 
 needs_compiler = pytest.mark.skipif(
@@ -109,25 +108,6 @@ def test_export_without_the_gpu(implementation):
         )(*shapes)
     assert exported.platforms == ("cuda",)
     assert exported.mlir_module().count("stablehlo.custom_call @") >= 2
-
-
-def loop(**opcodes):
-    return sass.Loop(collections.Counter({k.replace("_", "."): v for k, v in opcodes.items()}))
-
-
-def test_instructions_are_counted_per_token():
-    def count(*loops, **kind):
-        found = sass.Resources(1, 0, 0, 0, 0, list(loops), "")
-        return proof.count_per_token(found, **kind)
-
-    walk, tail = loop(STG_E_U16=4, FFMA=40, MUFU_EX2=8), loop(STG_E_U16=1, FFMA=13)
-    forward = count(tail, walk, loop(FFMA=99), gradient=False, summary=False)
-    assert forward == {"STG": 1, "FFMA": 10, "MUFU": 2}
-    again, back = loop(LDG_E_U16=4, FFMA=10), loop(STG_E_U16=6, LDG_E_U16=8, FFMA=60)
-    gradient = count(again, back, gradient=True, summary=False)
-    assert gradient == {"LDG": 2 + 4, "STG": 3, "FFMA": 5 + 30}
-    sums = count(loop(LDG_E_U16=6, FFMA=8), gradient=True, summary=True)
-    assert sums == {"LDG": 3, "FFMA": 4}
 
 
 # The command

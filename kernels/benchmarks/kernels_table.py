@@ -9,18 +9,15 @@ hold. Needs pip install 'stretchysnake-jax[aot]'.
 import argparse
 import concurrent.futures
 import importlib.metadata
-import json
 import multiprocessing
-import os
 import pathlib
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 
 import jax
 from stretchysnake_bench import aot, proof
-from stretchysnake_bench.machine import cores
+from stretchysnake_bench.machine import can_write, cores, write_json
 from stretchysnake_kernels.dispatch import Unsupported
 from stretchysnake_kernels.selective_scan import gpu
 
@@ -128,13 +125,6 @@ def format_table(part: str, rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def save(path: pathlib.Path, result: dict) -> None:
-    """Writes the whole file or none."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(json.dumps(result, indent=2) + "\n")
-    os.replace(file.name, path)
-
-
 def main(argv: Sequence[str]) -> int:
     """Runs `stretchysnake bench kernels`; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -163,8 +153,7 @@ def main(argv: Sequence[str]) -> int:
     ):
         if unknown := [value for value in given if value not in takes]:
             parser.error(f"{name} has {', '.join(unknown)}, takes some of {', '.join(takes)}")
-    if options.json and not options.json.parent.is_dir():  # not after minutes of work
-        parser.error(f"--json is {options.json}, but there is no folder {options.json.parent}")
+    can_write(parser, options.json)
     if reason := aot.missing_packages():
         print(reason, file=sys.stderr)
         return 1
@@ -194,5 +183,5 @@ def main(argv: Sequence[str]) -> int:
     missed = sum(bool(row["misses"]) for row in every)
     print(f"\nAll gates hold in {len(every) - missed} of {len(every)} rows.")
     if options.json:
-        save(options.json, {"versions": versions} | rows)
+        write_json(options.json, {"versions": versions} | rows)
     return 1 if missed or not every else 0

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from stretchysnake_bench import aot, emulate, roofline, sass
+from stretchysnake_bench.prediction import count_per_token
 from stretchysnake_bench.ptx_emulator import worst_case
 from stretchysnake_kernels.selective_scan import (
     api,
@@ -174,36 +175,13 @@ def compile_launch(implementation: str, launch: Launch, target: str):
     return found[0 if launch.summary else -1], sum(sizes)
 
 
-def count_per_token(resources: sass.Resources, gradient: bool, summary: bool) -> dict[str, float]:
-    """Returns mnemonic -> how many instructions a token takes, all walks over it added up.
-
-    The number of tokens that a loop handles follows from its 16-bit accesses: forward it stores y;
-    backward d_x, d_delta and d_z, or, where it only recomputes states, it loads x and delta.
-    """
-    walks = {}
-    for loop in resources.loops:
-        stores, loads = (
-            sum(n for op, n in loop.opcodes.items() if op.startswith(kind) and "U16" in op)
-            for kind in ("STG", "LDG")
-        )
-        per_token = (3 if gradient else 1) if stores else (3 if gradient and summary else 2)
-        tokens = (stores or loads) / per_token
-        key = tokens, loop.total
-        if tokens and key > walks.get(bool(stores), ((0, 0),))[0]:
-            walks[bool(stores)] = key, loop
-    count = {}
-    for (tokens, _), loop in walks.values():
-        for name, times in loop.instructions.items():
-            count[name] = count.get(name, 0) + times / tokens
-    return count
-
-
 def measure_launch(implementation: str, launch: Launch, target: str) -> dict:
     """Returns a row of the table of resources; `misses` names the gates that do not hold."""
     kernel, checkpoints = compile_launch(implementation, launch, target)
     ptx = kernel if isinstance(kernel, str) else kernel.ptx
     found = sass.measure(ptx)
-    count = count_per_token(found, launch.gradient, launch.summary)
+    name = "_".join(["scan"] + ["gradient"] * launch.gradient + ["summary"] * launch.summary)
+    count = count_per_token(found, name, launch.states)
     elements = launch.directions * launch.batch * launch.length * CHANNELS
     row = {
         "implementation": implementation,

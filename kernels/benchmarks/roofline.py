@@ -11,6 +11,7 @@ Time beyond that (caches, clocks that change, launch) isn't modelled.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 
 WARP = 32
@@ -41,11 +42,12 @@ class Device:
     """A GPU.
 
     Attributes:
-      name: contained in JAX's device kind.
+      name: whole words of JAX's device kind; the longest name that fits counts.
       capability: compute capability, such as "9.0".
       cores: SMs.
       clock: Hz, sustained.
       bandwidth: of HBM, bytes/s.
+      cache: L2, bytes.
     """
 
     name: str
@@ -53,23 +55,27 @@ class Device:
     cores: int
     clock: float
     bandwidth: float
+    cache: float
 
     @property
     def quarters(self) -> int:
         return QUARTERS * self.cores
 
 
-# NVIDIA's data sheets.
+# NVIDIA's data sheets and architecture white papers.
 DEVICES = (
-    Device("T4", "7.5", 40, 1.590e9, 0.320e12),
-    Device("A100", "8.0", 108, 1.410e9, 2.039e12),
-    Device("A10", "8.6", 72, 1.695e9, 0.600e12),
-    Device("L4", "8.9", 58, 2.040e9, 0.300e12),
-    Device("RTX 4090", "8.9", 128, 2.520e9, 1.008e12),
-    Device("H100", "9.0", 132, 1.755e9, 3.352e12),
-    Device("H200", "9.0", 132, 1.755e9, 4.800e12),
-    Device("B200", "10.0", 148, 1.850e9, 8.000e12),
-    Device("RTX PRO 6000", "12.0", 188, 2.400e9, 1.792e12),
+    Device("T4", "7.5", 40, 1.590e9, 0.320e12, 4e6),
+    Device("A100", "8.0", 108, 1.410e9, 2.039e12, 40e6),
+    Device("A100-SXM4-40GB", "8.0", 108, 1.410e9, 1.555e12, 40e6),
+    Device("A100-PCIE-40GB", "8.0", 108, 1.410e9, 1.555e12, 40e6),
+    Device("A10", "8.6", 72, 1.695e9, 0.600e12, 6e6),
+    Device("L4", "8.9", 58, 2.040e9, 0.300e12, 48e6),
+    Device("RTX 4090", "8.9", 128, 2.520e9, 1.008e12, 72e6),
+    Device("H100", "9.0", 132, 1.755e9, 3.352e12, 50e6),
+    Device("H100 PCIe", "9.0", 114, 1.755e9, 2.039e12, 50e6),
+    Device("H200", "9.0", 132, 1.755e9, 4.800e12, 50e6),
+    Device("B200", "10.0", 148, 1.850e9, 8.000e12, 126e6),
+    Device("RTX PRO 6000", "12.0", 188, 2.400e9, 1.792e12, 128e6),
 )
 
 
@@ -79,7 +85,8 @@ def find_device(kind: str) -> Device:
     Raises:
       ValueError: none fits.
     """
-    found = [device for device in DEVICES if device.name in kind]
+    # Whole words: an L40 is no L4.
+    found = [device for device in DEVICES if re.search(rf"\b{device.name}\b", kind)]
     if not found:
         known = ", ".join(device.name for device in DEVICES)
         raise ValueError(f"the cost model has no figures for {kind!r}, it has {known}")
