@@ -21,6 +21,7 @@ from stretchysnake_kernels.selective_scan import (
 )
 
 OLDEST = (8, 0)  # compute capability; XLA compiles Triton for no older GPU
+SUMMARY_UNROLL = {8: 8, 16: 8, 32: 1}  # as `Pass.unroll`, of the forward pass' smaller kernel
 WARPS = (1, 2, 4, 8)  # of a program; more would leave a thread too few registers
 
 
@@ -107,7 +108,8 @@ def _forward(target, options, operands, *, softplus, reverse, save):
     start = pallas_math.group_states(operands.start)
     summary = None
     if plan.chunks > 1:
-        summary = pallas_forward.summarise(operands, decay, plan=plan)
+        smaller = plan._replace(unroll=SUMMARY_UNROLL[plan.states])
+        summary = pallas_forward.summarise(operands, decay, plan=smaller)
     y, ends, *saved = pallas_forward.scan(operands, decay, start, summary, plan=plan, save=save)
     return y, pallas_math.ungroup_states(ends[:, :, -1]), tuple(saved)
 
