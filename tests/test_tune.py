@@ -103,7 +103,8 @@ def test_what_is_written_is_what_a_call_takes(tmp_path, monkeypatch):
     monkeypatch.setenv(gpu.TUNING_VARIABLE, str(tmp_path / "new"))
     path = tune.tuning_folder() / gpu.tuning_file(KIND)
     target, key = gpu.Target(kind=KIND), gpu.tuning_key("pallas", "forward", 16, "bfloat16")
-    ask = (target, None, "pallas", "forward", 16, "bfloat16", gpu.Launch(2))
+    which = pallas.FORWARD._replace(unroll={16: 2})
+    ask = (which, 16, "bfloat16", target, gpu.Options())
     gpu.read_tuning.cache_clear()
     assert gpu.choose_launch(*ask) == gpu.Launch(2)
     entry = {"key": key, "launch": {"unroll": 8, "warps": 4}, "tried": []}

@@ -27,7 +27,7 @@ from stretchysnake_kernels.selective_scan.arg_specs import ArgSpec, make_args
 
 MAKERS = {
     "pallas": pallas.make_kernels,
-    "triton": lambda target, options: triton.KERNELS,
+    "triton": triton.make_kernels,
     "mosaic_gpu": mosaic_gpu.make_kernels,
 }
 # Those whose PTX the emulator runs; it knows no bulk copies.

@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -14,6 +15,8 @@ import jax
 from stretchysnake_kernels import dispatch
 from stretchysnake_kernels.dispatch import Unsupported
 
+WARP = 32  # channels of a warp, one per thread
+WARPS = (1, 2, 4, 8)  # of a program; more would leave a thread too few registers
 MOST_CHUNKS = 64  # a chunk joins the summaries of all those before it
 LEAST_SPANS = 4  # of a chunk, so that joining is short beside walking
 # A folder of <device kind>.json, looked at before the one of this package.
@@ -48,6 +51,41 @@ class Launch(NamedTuple):
 
     unroll: int
     warps: int = 1
+
+
+class Pass(NamedTuple):
+    """What a backend wants of its forward or backward pass.
+
+    Attributes:
+      backend: name of the implementation.
+      name: "forward" or "backward".
+      unroll: state size -> tokens per turn of the loop where nothing is tuned; as many as the
+        registers hold.
+      overhead: work of the chunk-parallel mode, relative to the sequential one.
+      resident: warps per quarter of a multiprocessor that hide each other's waits.
+    """
+
+    backend: str
+    name: str
+    unroll: dict[int, int]
+    overhead: float
+    resident: int
+
+
+class Layout(NamedTuple):
+    """How the tokens and channels of a launch are dealt out.
+
+    Attributes:
+      chunk: tokens of a chunk, a multiple of `span`; the last one may be shorter.
+      span: tokens between two saved states, a multiple of `unroll`.
+      unroll: tokens per turn of the loop.
+      warps: of a program.
+    """
+
+    chunk: int
+    span: int
+    unroll: int
+    warps: int
 
 
 class Options(NamedTuple):
@@ -130,33 +168,59 @@ def find_target(oldest: tuple[int, int]) -> Target:
     return target
 
 
-def choose_launch(
-    target: Target,
-    chosen: Launch | None,
-    backend: str,
-    which: str,
-    states: int,
-    dtype: str,
-    default: Launch,
-) -> Launch:
-    """Returns how to launch a pass: as chosen, else as tuned for the device, else `default`.
+def choose_launch(which: Pass, states: int, dtype: str, target: Target, options: Options) -> Launch:
+    """Returns how to launch a pass: as chosen, else as tuned for the device, else by default.
 
     Args:
-      target: what to compile for.
-      chosen: by `options`.
-      backend: name of the implementation.
-      which: "forward" or "backward".
+      which: the pass.
       states: state size of the kernel.
       dtype: name of x's dtype.
-      default: where nobody chose and nothing is tuned.
+      target: what to compile for.
+      options: what the caller chose.
 
     Raises:
       ValueError: the device's tuning file is none.
     """
-    if chosen is not None:
+    if (chosen := getattr(options, which.name)) is not None:
         return chosen
-    tuned = read_tuning(target.kind).get(tuning_key(backend, which, states, dtype))
-    return default if tuned is None else Launch(**tuned)
+    tuned = read_tuning(target.kind).get(tuning_key(which.backend, which.name, states, dtype))
+    return Launch(which.unroll[states]) if tuned is None else Launch(**tuned)
+
+
+def lay_out(operands, which: Pass, target: Target, options: Options) -> Layout:
+    """Returns how to deal the tokens and channels of a pass out.
+
+    Args:
+      operands: fused.Operands, channels a multiple of 32.
+      which: the pass.
+      target: what to compile for.
+      options: what the caller chose.
+
+    Raises:
+      ValueError: an unroll or a number of warps that the kernels do not take, or the device's
+        tuning file is none.
+    """
+    directions, videos, length, channels = operands.x.shape
+    states = operands.decay.shape[1]
+    span = 4 * states  # states of 4 bytes: a byte per token and channel; also whole turns
+    launch = choose_launch(which, states, operands.x.dtype.name, target, options)
+    if span % launch.unroll:
+        raise ValueError(f"unroll is {launch.unroll}, takes a divisor of {span}")
+    if launch.warps not in WARPS:
+        raise ValueError(f"warps is {launch.warps}, takes one of {WARPS}")
+    blocks, chunks = channels // WARP, options.chunks
+    if chunks is None:
+        warps = directions * videos * blocks
+        cores, overhead, resident = target.multiprocessors, which.overhead, which.resident
+        chunks = choose_chunks(warps, length, span, cores, overhead, resident)
+    return Layout(
+        chunk=math.ceil(length / chunks / span) * span,
+        span=span,
+        unroll=launch.unroll,
+        # Fewer than wanted where the channels do not divide into such blocks: one must not reach
+        # over the last channel, and to pad for it would cost more than it wins.
+        warps=math.gcd(launch.warps, blocks),
+    )
 
 
 def tuning_key(backend: str, which: str, states: int, dtype: str) -> str:

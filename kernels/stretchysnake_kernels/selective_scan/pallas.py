@@ -6,8 +6,6 @@ pallas_backward.py hold the kernels; this file chooses how to launch them.
 """
 
 import functools
-import math
-from typing import NamedTuple
 
 import jax.numpy as jnp
 
@@ -21,28 +19,9 @@ from stretchysnake_kernels.selective_scan import (
 )
 
 OLDEST = (8, 0)  # compute capability; XLA compiles Triton for no older GPU
-SUMMARY_UNROLL = {8: 8, 16: 8, 32: 1}  # as `Pass.unroll`, of the forward pass' smaller kernel
-WARPS = (1, 2, 4, 8)  # of a program; more would leave a thread too few registers
-
-
-class Pass(NamedTuple):
-    """What a pass wants.
-
-    Attributes:
-      name: of the pass.
-      unroll: state size -> tokens per turn of the loop; more would need more registers.
-      overhead: work of the chunk-parallel mode, relative to the sequential one.
-      resident: warps per quarter of a multiprocessor that hide each other's waits.
-    """
-
-    name: str
-    unroll: dict[int, int]
-    overhead: float
-    resident: int
-
-
-FORWARD = Pass("forward", {8: 8, 16: 4, 32: 1}, overhead=1.7, resident=4)
-BACKWARD = Pass("backward", {8: 2, 16: 2, 32: 1}, overhead=1.2, resident=2)
+SUMMARY_UNROLL = {8: 8, 16: 8, 32: 1}  # as `gpu.Pass.unroll`, of the forward pass' smaller kernel
+FORWARD = gpu.Pass("pallas", "forward", {8: 8, 16: 4, 32: 1}, overhead=1.7, resident=4)
+BACKWARD = gpu.Pass("pallas", "backward", {8: 2, 16: 2, 32: 1}, overhead=1.2, resident=2)
 
 
 def find_target() -> gpu.Target:
@@ -57,45 +36,14 @@ def find_target() -> gpu.Target:
 
 
 def _make_plan(operands, softplus, reverse, which, target, options):
-    directions, videos, length, channels = operands.x.shape
-    states = operands.decay.shape[1]
-    span = 4 * states  # states of 4 bytes: a byte per token and channel; also whole turns
-    launch = gpu.choose_launch(
-        target,
-        getattr(options, which.name),
-        "pallas",
-        which.name,
-        states,
-        operands.x.dtype.name,
-        gpu.Launch(which.unroll[states]),
-    )
-    if span % launch.unroll:
-        raise ValueError(f"unroll is {launch.unroll}, takes a divisor of {span}")
-    if launch.warps not in WARPS:
-        raise ValueError(f"warps is {launch.warps}, takes one of {WARPS}")
-    warps = channels // pallas_math.WARP
-    chunks = options.chunks
-    if chunks is None:
-        chunks = gpu.choose_chunks(
-            directions * videos * warps,
-            length,
-            span,
-            target.multiprocessors,
-            which.overhead,
-            which.resident,
-        )
+    _, videos, length, channels = operands.x.shape
     return pallas_plan.Plan(
+        **gpu.lay_out(operands, which, target, options)._asdict(),
         reverse=reverse,
         videos=videos,
         length=length,
         channels=channels,
-        states=states,
-        chunk=math.ceil(length / chunks / span) * span,
-        span=span,
-        unroll=launch.unroll,
-        # Fewer than wanted where the channels do not divide into such blocks: one must not reach
-        # over the last channel, and to pad for it would cost more than it wins.
-        warps=math.gcd(launch.warps, warps),
+        states=operands.decay.shape[1],
         softplus=softplus,
         math=pallas_math.PORTABLE if target.interpret else pallas_math.PTX,
         interpret=target.interpret,
