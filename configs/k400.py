@@ -9,6 +9,10 @@ The argument is the variant (static_tokens unless given), or debug. Clips are wh
 evenly and squashed to a square, without flips or crops, as in the release; batch sizes are its own
 per GPU. The paper starts from masked pretraining (`stretchysnake convert FILE.pth FILE.npz
 --num-classes 400`) and trains 12 epochs; vanilla VideoMamba trains 50.
+
+`--config.data.recipe=videomamba` takes VideoMamba's augmentation instead (docs/data.md): two copies
+of each clip in a batch, so an even batch size, and mixup and cutmix. The release leaves these two
+on by default, as `--config.data.mixup=0.8 --config.data.cutmix=1.0` does without the rest.
 """
 
 from stretchysnake_jax.config import (
@@ -43,9 +47,7 @@ def get_config(arg: str = "static_tokens") -> Config:
             train="k400/train.txt",
             val="k400/val.txt",
             batch_size=BATCH_SIZE[variant],
-            sampling="uniform",
-            resize="squash",
-            flip=0.0,
+            recipe="plain",
             threads=8,
             prefetch=8,
         ),

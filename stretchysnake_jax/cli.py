@@ -10,7 +10,7 @@ import re
 import sys
 from importlib.util import find_spec
 
-from stretchysnake_jax.config import Config, ConfigError, field_names, nearest, validate
+from stretchysnake_jax.config import Config, ConfigError, field_names, nearest, resolve, validate
 
 # name -> (module, what it does)
 COMMANDS = {
@@ -37,7 +37,7 @@ def parse_config(argv: list[str]) -> tuple[Config, list[str]]:
       argv: the command line.
 
     Returns:
-      (config, the words left over). The config is validated.
+      (config, the words left over). The config is validated, its data recipe filled in.
 
     Raises:
       ConfigError: a file that can't be read, an unknown field, a value of the wrong type.
@@ -82,6 +82,7 @@ def parse_config(argv: list[str]) -> tuple[Config, list[str]]:
     if not isinstance(config, Config):
         raise ConfigError(f"get_config() returned {type(config).__name__}: it takes a Config")
     validate(config)
+    config.data = resolve(config.data)
     return config, rest
 
 

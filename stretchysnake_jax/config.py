@@ -7,11 +7,40 @@ import dataclasses
 import difflib
 import json
 import pathlib
+import re
 
 from stretchysnake_jax.whole_file import whole_file
 
 VARIANTS = ("vanilla", "temporal", "spatial", "flexivit", "flex_all", "static_tokens")
 METHODS = ("paper", "pi", "area", "bilinear", "nearest", "lanczos3", "none")
+SAMPLINGS = ("sparse", "uniform", "dense", "ssv2")
+RESIZES = ("crop", "squash", "random_resized")
+_PLAIN = {
+    "sampling": "uniform",
+    "resize": "squash",
+    "flip": 0.0,
+    "rand_augment": "",
+    "erase": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "repeats": 1,
+}
+# What the fields of DataConfig that are None stand for: "light" is the demo's, "plain" the
+# preprocessing of the StretchySnake paper, "videomamba" the fine-tuning of VideoMamba-S and -M.
+RECIPES = {
+    "light": _PLAIN | {"sampling": "sparse", "resize": "crop", "flip": 0.5},
+    "plain": _PLAIN,
+    "videomamba": {
+        "sampling": "sparse",
+        "resize": "random_resized",
+        "flip": 0.5,
+        "rand_augment": "rand-m7-n4-mstd0.5-inc1",
+        "erase": 0.25,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "repeats": 2,
+    },
+}
 
 
 @dataclasses.dataclass
@@ -90,20 +119,37 @@ class StickActionsConfig:
 
 @dataclasses.dataclass
 class DataConfig:
-    """List files, frame sampling, transforms and the loader."""
+    """List files or a data set, frame sampling, transforms and the loader."""
 
-    train: str = ""  # list files, "path label" per line
+    train: str = ""  # list files, "path label" per line; each comes before the split of `dataset`
     val: str = ""
     test: str = ""
-    root: str = ""  # joined in front of the paths; "": the folder of the list file
+    dataset: str = ""  # one that is read from its own annotations, such as "ucf101"
+    annotations: str = ""  # the folder of those; "": `root`
+    fold: int = 1  # which of the data set's ways to split it
+    root: str = ""  # of the videos; "" with list files: the folder of the list file
+    allow_absolute: bool = False  # list entries may lead out of the root
     stick_actions: StickActionsConfig = dataclasses.field(default_factory=StickActionsConfig)
-    batch_size: int = 8  # clips per step, all hosts together
-    sampling: str = (
-        "sparse"  # "sparse": one frame per segment; "uniform": evenly from first to last
-    )
-    resize: str = "crop"  # "crop": short side, then a square; "squash": straight to (height, width)
-    crop_scale: float = 1.0  # smallest side of a random training crop / the short side
-    flip: float = 0.5  # chance of a horizontal flip in training
+    batch_size: int = 8  # clips per step, all hosts together, augmented copies counted
+    recipe: str = "light"  # one of RECIPES: what stands for the fields that are None
+    sampling: str | None = None  # one of SAMPLINGS, see docs/data.md
+    stride: int = 4  # "dense" sampling: frames of the video per frame of the clip
+    # "crop": short side, then the bucket's shape; "squash": straight to (height, width);
+    # "random_resized": a box of any area and a ratio of 3/4 to 4/3 in training, else as "crop"
+    resize: str | None = None
+    crop_scale: float = 1.0  # "crop": smallest side of a training crop / the short side
+    crop_area: float = 0.08  # "random_resized": smallest training box / the frame, areas
+    flip: float | None = None  # chance of a horizontal flip in training
+    rand_augment: str | None = None  # in timm's words, rand-m7-n4-mstd0.5-inc1; "": off
+    # Of training clips: brightness, contrast and saturation change by a factor within 1 +- these,
+    # the hue by up to the fourth, in turns (0 to 0.5); (): off
+    colour_jitter: tuple[float, ...] = ()
+    erase: float | None = None  # chance that a box of a training clip is filled with noise
+    mixup: float | None = None  # alpha of mixup, on the device; 0: off
+    cutmix: float | None = None  # alpha of cutmix; 0: off; with mixup, each step tosses a coin
+    repeats: int | None = None  # copies of a training clip in a batch, augmented apart
+    test_clips: int = 1  # views of a test clip in time ...
+    test_crops: int = 1  # ... times views in space, along the long side
     threads: int = 4  # batches decoded side by side
     workers: int = 0  # loader processes; 0: threads of this one
     prefetch: int = 4  # batches kept ready
@@ -273,16 +319,17 @@ def validate(config: Config) -> None:
         _require(ok, "stretch.frames", frames, f"multiples of model.tubelet, {model.tubelet}")
     _require(0 <= stretch.short_first <= 1, "stretch.short_first", stretch.short_first, "0 to 1")
     _require(model.frames is not None, "model.frames", None, "a frame count: training needs video")
-    _choice("data.sampling", data.sampling, ("sparse", "uniform"))
-    _choice("data.resize", data.resize, ("crop", "squash"))
+    _validate_augmentation(resolve(data))
     for name in ("batch_size", "threads", "prefetch"):
         _require(getattr(data, name) >= 1, f"data.{name}", getattr(data, name), "a number >= 1")
     _require(data.workers >= 0, "data.workers", data.workers, "a number >= 0")
-    _require(0 < data.crop_scale <= 1, "data.crop_scale", data.crop_scale, "above 0, up to 1")
-    _require(0 <= data.flip <= 1, "data.flip", data.flip, "a chance from 0 to 1")
     _require(0 <= data.max_unreadable <= 1, "data.max_unreadable", data.max_unreadable, "0 to 1")
-    ok = bool(data.train) or bool(data.stick_actions.path)
-    _require(ok, "data.train", data.train, "the path of a list file, 'path label' per line")
+    ok = bool(data.train) or bool(data.dataset) or bool(data.stick_actions.path)
+    takes = "the path of a list file, 'path label' per line (or name a data.dataset)"
+    _require(ok, "data.train", data.train, takes)
+    ok = bool(data.root) or not data.dataset
+    _require(ok, "data.root", data.root, f"the folder of the videos of {data.dataset}")
+    _require(data.fold >= 1, "data.fold", data.fold, "a number >= 1")
     _require(optim.learning_rate > 0, "optim.learning_rate", optim.learning_rate, "a number > 0")
     _require(0 <= optim.warmup < 1, "optim.warmup", optim.warmup, "a share of the steps, 0 to 1")
     ok = 0 <= optim.label_smoothing < 1
@@ -296,6 +343,67 @@ def validate(config: Config) -> None:
     _choice("train.dtype", train.dtype, ("float32", "bfloat16"))
     for name in ("log_every", "checkpoint_every", "keep"):
         _require(getattr(train, name) >= 1, f"train.{name}", getattr(train, name), "a number >= 1")
+
+
+def resolve(data: DataConfig) -> DataConfig:
+    """`data` with the recipe's value in every field that is None; again, it changes nothing.
+
+    Raises:
+      ConfigError: an unknown recipe.
+    """
+    _choice("data.recipe", data.recipe, tuple(RECIPES))
+    recipe = RECIPES[data.recipe].items()
+    return dataclasses.replace(data, **{k: v for k, v in recipe if getattr(data, k) is None})
+
+
+def parse_rand_augment(text: str) -> tuple[float, int, float]:
+    """RandAugment in timm's words, such as "rand-m7-n4-mstd0.5-inc1".
+
+    Returns:
+      (magnitude 0..10, operations per clip, standard deviation of the magnitude).
+
+    Raises:
+      ConfigError: other words; "inc1" has to be there, the other severities aren't implemented.
+    """
+    number = r"(\d+(?:\.\d+)?)"
+    match = re.fullmatch(rf"rand-m{number}-n(\d+)(?:-mstd{number})?-inc1", text)
+    _require(
+        match is not None and float(match[1]) <= 10,
+        "data.rand_augment",
+        text,
+        '"" or rand-m<magnitude 0-10>-n<operations>-mstd<deviation>-inc1',
+    )
+    return float(match[1]), int(match[2]), float(match[3] or 0)
+
+
+def _validate_augmentation(data: DataConfig) -> None:
+    """Sampling, augmentation and test views; `data` is resolved."""
+    _choice("data.sampling", data.sampling, SAMPLINGS)
+    _choice("data.resize", data.resize, RESIZES)
+    for name in ("stride", "repeats", "test_clips", "test_crops"):
+        _require(getattr(data, name) >= 1, f"data.{name}", getattr(data, name), "a number >= 1")
+    for name in ("crop_scale", "crop_area"):
+        value = getattr(data, name)
+        _require(0 < value <= 1, f"data.{name}", value, "above 0, up to 1")
+    for name in ("flip", "erase"):
+        value = getattr(data, name)
+        _require(0 <= value <= 1, f"data.{name}", value, "a chance from 0 to 1")
+    for name in ("mixup", "cutmix"):
+        value = getattr(data, name)
+        _require(value >= 0, f"data.{name}", value, "the alpha of a Beta, > 0, or 0 for off")
+    if data.rand_augment:
+        parse_rand_augment(data.rand_augment)
+    jitter = data.colour_jitter
+    ok = isinstance(jitter, tuple) and len(jitter) in (0, 4) and all(j >= 0 for j in jitter)
+    ok = ok and (not jitter or jitter[3] <= 0.5)
+    takes = "() or (brightness, contrast, saturation, hue), each >= 0, hue up to 0.5"
+    _require(ok, "data.colour_jitter", jitter, takes)
+    ok = data.batch_size % data.repeats == 0
+    _require(ok, "data.batch_size", data.batch_size, f"a multiple of data.repeats, {data.repeats}")
+    ok = data.test_clips == 1 or data.sampling != "uniform"
+    _require(ok, "data.test_clips", data.test_clips, "1 with data.sampling = 'uniform'")
+    ok = data.test_crops == 1 or data.resize != "squash"
+    _require(ok, "data.test_crops", data.test_crops, "1 with data.resize = 'squash'")
 
 
 def field_names(config, prefix: str = "") -> list[str]:

@@ -10,6 +10,7 @@ from stretchysnake_jax import model as model_lib
 from stretchysnake_jax.buckets import training_buckets
 from stretchysnake_jax.clock import Clock, Progress
 from stretchysnake_jax.config import ConfigError
+from stretchysnake_jax.data.datasets import load_clips
 from stretchysnake_jax.data.lists import read_list
 
 
@@ -75,8 +76,10 @@ def run(
             raise ConfigError(f"the {weight} method is {method!r}: {hint}")
         setattr(stretch, f"{weight}_method", method)
     if clips is None:
-        data = model.run.data
-        clips = read_list(data.test or data.val, data.root, classes=model.classes)
+        data, classes = model.run.data, model.classes
+        clips = load_clips(data, "test", classes, optional=True, say=progress.say)
+        if clips is None:
+            clips = load_clips(data, "val", classes, say=progress.say)
     cells = grid.make_cells(model.run, stretch, frames, sizes)
     clock = Clock(len(cells) * len(clips))
 
@@ -123,6 +126,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--split", choices=("test", "val", "train"), help="default: test, or val")
     parser.add_argument("--list", help="another list file instead of a split")
     parser.add_argument(
+        "--allow-absolute", action="store_true", help="its entries may lead out of its folder"
+    )
+    parser.add_argument(
         "--variant", help="run the model under this variant's patch rule, such as static_tokens"
     )
     for weight in ("kernel", "spatial", "temporal"):
@@ -147,12 +153,12 @@ def main(argv: list[str]) -> int:
     classes = names.read_text().splitlines() if names.exists() else None
     clips = None
     if args.list:
-        clips = read_list(args.list, classes=classes)
+        absolute = args.allow_absolute or run_config.data.allow_absolute
+        clips = read_list(args.list, classes=classes, allow_absolute=absolute)
     elif args.split:
-        path = getattr(run_config.data, args.split)
-        if not path:
+        clips = load_clips(run_config.data, args.split, classes, optional=True, say=Progress().say)
+        if clips is None:
             raise ConfigError(f"the run has no {args.split} list: give one with --list")
-        clips = read_list(path, run_config.data.root, classes=classes)
     methods = {
         weight: method
         for weight in ("kernel", "spatial", "temporal")

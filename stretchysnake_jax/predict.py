@@ -1,6 +1,7 @@
 """The command `stretchysnake predict`: the most likely classes of any video file."""
 
 import argparse
+import functools
 import json
 import sys
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from stretchysnake_jax import model as model_lib
 from stretchysnake_jax.buckets import Bucket, make_bucket, training_buckets
-from stretchysnake_jax.config import ConfigError, DataConfig
+from stretchysnake_jax.config import ConfigError, DataConfig, resolve
 from stretchysnake_jax.data import decode, sampling, transforms
 from stretchysnake_jax.evaluate import parse_numbers, parse_sizes
 
@@ -42,7 +43,7 @@ def read_video(path, data: DataConfig, choose_bucket) -> tuple[np.ndarray, Bucke
     Raises:
       UnreadableVideo: with the reason.
     """
-    seen = {}
+    seen, data = {}, resolve(data)
 
     def geometry(frame):
         bucket = seen.setdefault("bucket", choose_bucket(*frame.shape[:2]))
@@ -51,8 +52,10 @@ def read_video(path, data: DataConfig, choose_bucket) -> tuple[np.ndarray, Bucke
     # The size decides the bucket and the bucket how many frames: look at the first frame.
     decode.read_clip(path, lambda n: np.zeros(1, int), geometry)
     bucket = seen["bucket"]
-    pick = sampling.uniform if data.sampling == "uniform" else sampling.sparse
-    frames, _ = decode.read_clip(path, lambda n: pick(n, bucket.frames), geometry)
+    choose = functools.partial(
+        sampling.choose, data.sampling, frames=bucket.frames, stride=data.stride
+    )
+    frames, _ = decode.read_clip(path, choose, geometry)
     return frames, bucket
 
 

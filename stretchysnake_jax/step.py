@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from stretchysnake_jax import models, optim
+from stretchysnake_jax import mix, models, optim
 from stretchysnake_jax.buckets import Bucket
 from stretchysnake_jax.config import Config, ModelConfig, StretchConfig
 from stretchysnake_jax.interpolation import interpolate, project_pixels
@@ -64,9 +64,21 @@ class Stem:
         return self._project(video, bucket), self.projected(bucket)
 
 
-def cross_entropy(logits, labels, smoothing: float):
-    """Cross entropy of each clip against labels with smoothing: (B, classes), (B,) -> (B,)."""
+def cross_entropy(logits, labels, smoothing: float, weight=None):
+    """Cross entropy of each clip against labels with smoothing.
+
+    Args:
+      logits: (B, classes).
+      labels: int (B,).
+      smoothing: share of the target that is spread over all classes.
+      weight: of the clip's own label if clips are mixed, float (B,), see `mix`; None: 1.
+
+    Returns:
+      (B,).
+    """
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+    if weight is not None:
+        targets = mix.mixed_targets(targets, weight)
     return optax.softmax_cross_entropy(logits, targets)
 
 
@@ -81,12 +93,14 @@ class TrainStep:
     """step(state, batch, bucket) -> (state, metrics), compiled once per bucket.
 
     Attributes:
+      mixer: mixes clips before anything else, see `mix`; None: off.
       stem: the `Stem`.
       trunk: trunk(state, batch with projected video, projected bucket), what `step` does after it.
       traces: how often the trunk was traced for each projected bucket; 1 for all that were met.
     """
 
     def __init__(self, config: Config, steps: int):
+        self.mixer = mix.make_mixer(config.data, config.train.seed)
         self.stem = Stem(config.model, config.stretch)
         self.traces = collections.Counter()
         apply = models.make_apply(config.model, config.train.dtype)
@@ -95,7 +109,8 @@ class TrainStep:
 
         def loss_fn(params, batch, key, bucket):
             logits = apply(fit(params, bucket, config.stretch), batch["video"], key)
-            losses = cross_entropy(logits, batch["label"], config.optim.label_smoothing)
+            smoothing, weight = config.optim.label_smoothing, batch.get("weight")
+            losses = cross_entropy(logits, batch["label"], smoothing, weight)
             # Unreadable clips have mask 0: they neither teach nor count.
             clips = jnp.maximum(batch["mask"].sum(), 1.0)
             correct = (logits.argmax(-1) == batch["label"]) * batch["mask"]
@@ -116,8 +131,9 @@ class TrainStep:
 
     @property
     def compilations(self) -> int:
-        """Compiled functions so far, stems and trunks."""
-        return sum(self.stem.traces.values()) + sum(self.traces.values())
+        """Compiled functions so far: mixers, stems and trunks."""
+        mixers = self.mixer.traces.values() if self.mixer else ()
+        return sum(mixers) + sum(self.stem.traces.values()) + sum(self.traces.values())
 
     def __call__(self, state, batch: dict, bucket: Bucket):
         """One update.
@@ -128,10 +144,14 @@ class TrainStep:
           bucket: the batch's scale.
 
         Returns:
-          (state, metrics): metrics are scalars: loss, top1 (0 to 1) and grad_norm.
+          (state, metrics): metrics are scalars: loss, top1 (0 to 1, by the clips' own labels, mixed
+          or not) and grad_norm.
         """
-        video, bucket = self.stem(batch["video"], bucket)
-        arrays = {"video": video, "label": batch["label"], "mask": batch["mask"]}
+        video = batch["video"]
+        arrays = {"label": batch["label"], "mask": batch["mask"]}
+        if self.mixer:
+            video, arrays["weight"] = self.mixer(video, batch["mask"], state["step"])
+        arrays["video"], bucket = self.stem(video, bucket)
         return self.trunk(state, arrays, bucket)
 
 

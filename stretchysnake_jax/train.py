@@ -22,7 +22,8 @@ from stretchysnake_jax.checkpoint import Checkpoints
 from stretchysnake_jax.clock import Clock, Progress
 from stretchysnake_jax.config import Config, ConfigError
 from stretchysnake_jax.data import decode, pipeline, stick_actions
-from stretchysnake_jax.data.lists import ClipList, read_list
+from stretchysnake_jax.data.datasets import load_clips
+from stretchysnake_jax.data.lists import ClipList
 from stretchysnake_jax.grid import evaluate_bucket
 from stretchysnake_jax.metrics import MetricsLog
 from stretchysnake_jax.optim import make_schedule as make_learning_rate
@@ -30,7 +31,8 @@ from stretchysnake_jax.step import TrainStep, init_state, make_eval_step
 
 # Fields that may change when a run goes on: they change neither its numbers nor their order.
 FREE = ("data.threads", "data.workers", "data.prefetch", "train.log_every", "train.eval_every")
-FREE += ("train.checkpoint_every", "train.keep", "data.max_unreadable", "name")
+FREE += ("train.checkpoint_every", "train.keep", "name")
+FREE += ("data.max_unreadable", "data.allow_absolute", "data.test_clips", "data.test_crops")
 
 
 class TrainingError(RuntimeError):
@@ -47,7 +49,7 @@ def prepare(config: Config, progress: Progress) -> tuple[Config, ClipList, ClipL
     """
     config_lib.validate(config)
     decode.set_up_opencv()
-    data = dataclasses.replace(config.data)
+    data = config_lib.resolve(config.data)
     stick = data.stick_actions
     if stick.path:
         make = {k: v for k, v in dataclasses.asdict(stick).items() if k != "path"}
@@ -65,15 +67,15 @@ def prepare(config: Config, progress: Progress) -> tuple[Config, ClipList, ClipL
         progress.close()
         for split in ("train", "val", "test"):
             setattr(data, split, str(pathlib.Path(stick.path) / f"{split}.txt"))
-    for name in ("train", "val", "test", "root"):
+    for name in ("train", "val", "test", "root", "annotations"):
         if getattr(data, name):
             setattr(data, name, str(pathlib.Path(getattr(data, name)).absolute()))
     config = dataclasses.replace(config, data=data)
-    clips = read_list(data.train, data.root)
-    val = read_list(data.val, data.root, classes=clips.classes) if data.val else None
+    clips = load_clips(data, "train", say=progress.say)
+    val = load_clips(data, "val", clips.classes, optional=True, say=progress.say)
     if len(clips.classes) != config.model.num_classes:
         raise ConfigError(
-            f"model.num_classes is {config.model.num_classes} but {data.train} has "
+            f"model.num_classes is {config.model.num_classes} but {data.train or data.dataset} has "
             f"{len(clips.classes)} classes: set it to {len(clips.classes)}"
         )
     return config, clips, val
@@ -88,6 +90,7 @@ def claim(workdir: pathlib.Path, config: Config, classes: list[str], begun: bool
     path = workdir / "config.json"
     if begun:
         old, new = config_lib.load(path), config
+        old.data = config_lib.resolve(old.data)  # fields may have come after the run was begun
         for name in config_lib.field_names(new):
             if name not in FREE and _get(old, name) != _get(new, name):
                 raise ConfigError(
@@ -100,8 +103,11 @@ def claim(workdir: pathlib.Path, config: Config, classes: list[str], begun: bool
 
 
 def fingerprint(clips: ClipList) -> str:
-    """A digest of a list: its paths, labels and classes."""
-    text = json.dumps([clips.paths, clips.labels.tolist(), clips.classes])
+    """A digest of a list: its paths, labels, classes and windows."""
+    parts = [clips.paths, clips.labels.tolist(), clips.classes]
+    if clips.windows is not None:
+        parts += [clips.windows.tolist(), clips.unit]
+    text = json.dumps(parts)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -153,7 +159,8 @@ def train(config: Config, workdir, progress: Progress | None = None) -> int:
     # 1. What is trained on what. The schedule follows from the config alone.
     config, clips, val = prepare(config, progress)
     cfg = config.train
-    steps = cfg.steps or math.ceil(cfg.epochs * len(clips) / config.data.batch_size)
+    samples = len(clips) * config.data.repeats  # of an epoch
+    steps = cfg.steps or math.ceil(cfg.epochs * samples / config.data.batch_size)
     schedule = make_schedule(config.stretch, config.model, steps, cfg.seed)
     train_step = TrainStep(config, steps)
     # 2. Where it starts: at a checkpoint, at given weights, or at the beginning.
@@ -164,9 +171,10 @@ def train(config: Config, workdir, progress: Progress | None = None) -> int:
     if checkpoints.steps:
         state, saved = checkpoints.restore(state)
         if saved["clips"] != digest:
+            name = config.data.train or config.data.dataset
             raise ConfigError(
-                f"{config.data.train} has changed since {workdir} was begun: the run can't go on "
-                "as it was; take a new workdir, with --config.train.init_from for its weights"
+                f"{name} has changed since {workdir} was begun: the run can't go on as it was; "
+                "take a new workdir, with --config.train.init_from for its weights"
             )
         progress.say(f"continuing {workdir} at step {int(state['step'])} of {steps}")
     elif cfg.init_from:

@@ -42,6 +42,19 @@ def test_json_round_trip(tmp_path):
         ("data.train", "", "the path of a list file"),
         ("data.batch_size", 0, "a number >= 1"),
         ("data.crop_scale", 1.5, "above 0, up to 1"),
+        ("data.crop_area", 0.0, "above 0, up to 1"),
+        ("data.recipe", "videomama", "did you mean 'videomamba'?"),
+        ("data.sampling", "dence", "did you mean 'dense'?"),
+        ("data.resize", "random", "did you mean 'random_resized'?"),
+        ("data.stride", 0, "a number >= 1"),
+        ("data.erase", 1.5, "a chance from 0 to 1"),
+        ("data.mixup", -1.0, "or 0 for off"),
+        ("data.rand_augment", "rand-m9-n2", "rand-m<magnitude 0-10>"),
+        ("data.rand_augment", "rand-m11-n2-inc1", "rand-m<magnitude 0-10>"),
+        ("data.colour_jitter", (0.4,), "(brightness, contrast, saturation, hue)"),
+        ("data.batch_size", 7, "a multiple of data.repeats, 2"),
+        ("data.test_clips", 4, "1 with data.sampling = 'uniform'"),
+        ("data.test_crops", 3, "1 with data.resize = 'squash'"),
         ("optim.warmup", 1.0, "share of the steps"),
         ("train.epochs", 3.0, "one number > 0 and one 0"),
         ("train.dtype", "float16", "float32, bfloat16"),
@@ -52,6 +65,10 @@ def test_what_cannot_run_is_refused_by_name(field, value, words):
     config = valid()
     config_lib.validate(config)
     part, name = field.split(".")
+    if name == "batch_size":
+        config.data.repeats = 2
+    if name.startswith("test_"):
+        config.data.recipe = "plain"
     setattr(getattr(config, part), name, value)
     with pytest.raises(ConfigError) as error:
         config_lib.validate(config)
@@ -65,6 +82,17 @@ def test_the_command_line_overrides_fields():
     assert config.stretch.sizes == (28, 56) and config.model.drop_path == 0.25
     assert config.stretch.variant == "vanilla" and config.train.steps == 6
     assert rest == ["--workdir", "w"]
+
+
+def test_a_recipe_is_one_word_and_fields_beside_it_win():
+    words = ["--config", f"{ROOT}/configs/k400.py", "--config.data.recipe=videomamba"]
+    data = cli.parse_config([*words, "--config.data.mixup=0", "--config.data.flip=0.25"])[0].data
+    assert data.rand_augment == "rand-m7-n4-mstd0.5-inc1" and data.resize == "random_resized"
+    assert (data.mixup, data.flip, data.cutmix, data.sampling) == (0.0, 0.25, 1.0, "sparse")
+    data = cli.parse_config(words[:2])[0].data
+    assert (data.sampling, data.resize, data.flip, data.mixup) == ("uniform", "squash", 0.0, 0.0)
+    data = cli.parse_config(["--config", STICK])[0].data
+    assert (data.sampling, data.resize, data.flip, data.repeats) == ("sparse", "crop", 0.5, 1)
 
 
 @pytest.mark.parametrize(

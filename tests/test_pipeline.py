@@ -222,6 +222,99 @@ def test_closing_early(clips, schedule):
         next(batches)
 
 
+# Augmentation, repeats and recipes.
+
+FULL = DataConfig(batch_size=4, threads=2, prefetch=2, recipe="videomamba", erase=1.0)
+
+
+@pytest.mark.parametrize("change", [{"threads": 1, "prefetch": 1}, {"workers": 2}])
+def test_augmented_stream_is_the_same_however_it_is_loaded(clips, schedule, change):
+    config = dataclasses.replace(FULL, colour_jitter=(0.2, 0.2, 0.2, 0.1))
+    want = stream(config, clips, schedule)
+    assert_same(stream(dataclasses.replace(config, **change), clips, schedule), want)
+    assert_same(stream(config, clips, schedule, start_step=6), want[6:])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_hosts_share_augmented_batches(clips, schedule, count):
+    """With 4 hosts, the two copies of a clip are made by different ones."""
+    want = stream(FULL, clips, schedule)
+    hosts = [stream(FULL, clips, schedule, shard_index=i, shard_count=count) for i in range(count)]
+    for step, parts in enumerate(zip(*hosts, strict=True)):
+        for key in ("video", "label", "mask", "clip"):
+            np.testing.assert_array_equal(np.concatenate([p[key] for p in parts]), want[step][key])
+        assert [u for p in parts for u in p["unreadable"]] == want[step]["unreadable"]
+
+
+def test_repeats_show_the_same_frames_augmented_apart(clips, schedule):
+    frames = dataclasses.replace(CONFIG, repeats=2, resize="squash", flip=0.0)
+    batches = stream(FULL, clips, schedule)
+    for batch, plain in zip(batches, stream(frames, clips, schedule), strict=True):
+        assert (batch["clip"][0::2] == batch["clip"][1::2]).all()
+        np.testing.assert_array_equal(plain["video"][0::2], plain["video"][1::2])
+        read = batch["mask"][0::2] > 0
+        copies = batch["video"][0::2][read], batch["video"][1::2][read]
+        assert (copies[0] != copies[1]).any((1, 2, 3, 4)).all()
+    order = np.concatenate([b["clip"][::2] for b in batches])
+    assert sorted(order[:7]) == list(range(7))  # an epoch is the list, every clip twice
+
+
+def test_copies_do_not_depend_on_how_many_there_are(clips):
+    """The first sample is the same with one copy and with two."""
+    element = (0, 0, np.array([0], np.int32), np.array([0]))
+    one, two = (
+        pipeline.LoadBatch(dataclasses.replace(FULL, repeats=n), clips, BUCKETS, 5)(element)
+        for n in (1, 2)
+    )
+    np.testing.assert_array_equal(one["video"], two["video"])
+
+
+def test_data_sets_that_know_left_from_right_are_not_flipped(clips, schedule):
+    config = dataclasses.replace(CONFIG, sampling="uniform", resize="squash")
+    never = dataclasses.replace(config, flip=0.0)
+    turned = dataclasses.replace(clips, flip=False)
+    assert_same(stream(config, turned, schedule), stream(never, turned, schedule))
+
+
+@pytest.mark.parametrize("sampling_name", ["sparse", "dense", "ssv2"])
+def test_views(clips, sampling_name):
+    """Three clips in time by two crops in space of each video, crops innermost."""
+    config = dataclasses.replace(CONFIG, sampling=sampling_name, stride=2)
+    with pipeline.eval_batches(config, clips, BUCKETS[1], 4, views=(3, 2)) as batches:
+        batches = list(batches)
+    assert len(batches) == 11  # 7 * 6 views in fours
+    video, clip = (np.concatenate([b[key] for b in batches]) for key in ("video", "clip"))
+    assert clip[:42].tolist() == np.repeat(np.arange(7), 6).tolist() and (clip[42:] == -1).all()
+    for i, (_, n, *_) in enumerate(VIDEOS.values()):
+        for view in range(3):
+            wanted = sampling.choose(sampling_name, n, 8, stride=2, view=view, views=3)
+            for crop in range(2):
+                got = video[6 * i + 2 * view + crop].mean((1, 2, 3))
+                np.testing.assert_allclose(got, grey_levels(n)[wanted], atol=6)
+
+
+def test_crops_lie_along_the_long_side(tmp_path):
+    picture = np.zeros((32, 96, 3), np.uint8)
+    picture[:, :32], picture[:, 32:64], picture[:, 64:] = 40, 120, 200
+    writer = cv2.VideoWriter(str(tmp_path / "a.avi"), cv2.VideoWriter_fourcc(*"FFV1"), 25, (96, 32))
+    for _ in range(4):
+        writer.write(picture)
+    writer.release()
+    (tmp_path / "list.txt").write_text("a.avi 0\n")
+    clips = lists.read_list(tmp_path / "list.txt")
+    with pipeline.eval_batches(CONFIG, clips, BUCKETS[0], 3, views=(1, 3)) as batches:
+        video = next(batches)["video"]
+    np.testing.assert_allclose(video.mean((1, 2, 3, 4)), [40, 120, 200], atol=2)
+    assert video.std((1, 2, 3, 4)).max() < 3
+
+
+def test_plain_recipe_is_the_papers_preprocessing(clips, schedule):
+    """Whole frames, spread from the first to the last, nothing random."""
+    plain = DataConfig(batch_size=4, threads=2, prefetch=2, recipe="plain")
+    spelled = dataclasses.replace(CONFIG, sampling="uniform", resize="squash", flip=0.0)
+    assert_same(stream(plain, clips, schedule), stream(spelled, clips, schedule))
+
+
 # Evaluation batches.
 
 

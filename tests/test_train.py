@@ -19,7 +19,7 @@ from stretchysnake_jax.clock import Progress
 from stretchysnake_jax.config import ConfigError
 from stretchysnake_jax.data.pipeline import TooManyUnreadable
 from stretchysnake_jax.metrics import read_lines
-from stretchysnake_jax.train import TrainingError, train
+from stretchysnake_jax.train import TrainingError, claim, train
 
 NUMBERS = ("step", "bucket", "loss", "top1", "grad_norm", "learning_rate")
 
@@ -53,6 +53,18 @@ def wait_for_step(workdir, step, process, seconds=120):
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached: {process.stderr.read()}")
+
+
+def test_a_run_begun_before_a_field_existed_goes_on(tiny_config, tmp_path):
+    tiny_config.data = config_lib.resolve(tiny_config.data)
+    values = config_lib.to_dict(tiny_config)
+    for name in ("recipe", "rand_augment", "erase", "mixup", "repeats", "test_clips"):
+        del values["data"][name]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    claim(tmp_path, tiny_config, [], begun=True)
+    tiny_config.data.erase = 0.5
+    with pytest.raises(ConfigError, match=r"data\.erase is 0\.0 there and 0\.5 now"):
+        claim(tmp_path, tiny_config, [], begun=True)
 
 
 def test_a_run_writes_what_it_promises(trained):
@@ -133,6 +145,7 @@ def test_a_run_whose_list_changed_is_not_continued(video_folder, tiny_config, tm
     lines = [f"{video_folder}/{line}" for line in lines]
     (tmp_path / "clips.txt").write_text("\n".join(lines))
     tiny_config.data.train, tiny_config.train.steps = str(tmp_path / "clips.txt"), 1
+    tiny_config.data.allow_absolute = True
     assert train(tiny_config, tmp_path / "run") == 0
     (tmp_path / "clips.txt").write_text("\n".join(reversed(lines)))
     with pytest.raises(ConfigError, match=r"clips\.txt has changed since"):
@@ -148,6 +161,7 @@ def test_unreadable_clips_are_named_once_counted_and_left_out(
     listed = [*lines, f"{tmp_path}/broken.mp4 5"]
     (tmp_path / "clips.txt").write_text("\n".join(listed))
     tiny_config.data.train = str(tmp_path / "clips.txt")
+    tiny_config.data.allow_absolute = True
     tiny_config.data.max_unreadable = 0.2
     tiny_config.train.steps = 12
     assert train(tiny_config, tmp_path / "run") == 0

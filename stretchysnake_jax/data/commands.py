@@ -1,13 +1,18 @@
-"""The command `stretchysnake data`: make the embedded data set, measure its baselines."""
+"""The command `stretchysnake data`: check and show clips, make the embedded data set, measure its
+baselines."""
 
 import argparse
+import dataclasses
+import os
+import pathlib
 
 from stretchysnake_jax.clock import Clock, Progress
-from stretchysnake_jax.config import ConfigError, StickActionsConfig
+from stretchysnake_jax.config import ConfigError, DataConfig, StickActionsConfig
+from stretchysnake_jax.data import show as show_lib
 
 
 def main(argv: list[str]) -> int:
-    """Runs `stretchysnake data make PATH` or `stretchysnake data baselines PATH`."""
+    """Runs `stretchysnake data check`, `data show`, `data make PATH` or `data baselines PATH`."""
     parser = argparse.ArgumentParser(prog="stretchysnake data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser(
@@ -38,7 +43,18 @@ def main(argv: list[str]) -> int:
     )
     baselines.add_argument("path", help="a folder with train.txt, val.txt and test.txt")
     baselines.add_argument("--test-list", help="test on another list file")
+    add_check(commands)
+    show_lib.add_parser(commands)
+    config = None
+    if argv[:1] in (["check"], ["show"]) and any(word.split("=")[0] == "--config" for word in argv):
+        from stretchysnake_jax.cli import parse_config
+
+        config, argv = parse_config(argv)
     args = parser.parse_args(argv)
+    if args.command == "check":
+        return check(args, config)
+    if args.command == "show":
+        return show_lib.run(args, config)
     if args.command == "baselines":
         from stretchysnake_jax.data import baselines as baselines_lib
 
@@ -66,3 +82,142 @@ def main(argv: list[str]) -> int:
         f"{args.path}: {counts} clips of {len(stick_actions.CLASSES)} classes, 'path label' lists"
     )
     return 0
+
+
+def add_check(commands) -> None:
+    """Adds the words of `stretchysnake data check`."""
+    parser = commands.add_parser(
+        "check",
+        help="are the clips there, readable, long enough",
+        description="Per split: clips listed, missing, unreadable and too short, histograms of "
+        "classes and durations, and what splits share. Decodes the first frame of every clip. The "
+        "exit status is 1 if a clip is missing or unreadable, or if splits share videos or groups; "
+        "damaged files, short clips and counts other than the published ones leave it 0.",
+    )
+    parser.add_argument("lists", nargs="*", metavar="LIST", help="list files, or a folder of clips")
+    parser.add_argument("--config", metavar="FILE[:ARG]", help="the data of a config file")
+    parser.add_argument("--dataset", help="a data set by name, such as ucf101")
+    parser.add_argument("--videos", default="", metavar="DIR", help="root of the videos")
+    parser.add_argument("--annotations", default="", metavar="DIR", help="default: that root")
+    parser.add_argument("--fold", type=int, default=1, help="way to split the data set (default 1)")
+    parser.add_argument(
+        "--allow-absolute", action="store_true", help="list entries may lead out of the root"
+    )
+    parser.add_argument("--frames", type=int, default=1, help="shorter clips are reported")
+    parser.add_argument("--full", action="store_true", help="decode whole files: finds all damage")
+    parser.add_argument("--workers", type=int, help="threads (default: one per core)")
+    parser.add_argument("--plot", metavar="FILE", help="draw the histograms as a PNG")
+    parser.add_argument(
+        "--write",
+        metavar="DIR",
+        help="write lists of the clips that can be read, classes.txt and left_out.txt",
+    )
+
+
+def check(args, config) -> int:
+    """Runs `stretchysnake data check`; `config` is that of --config, or None."""
+    from stretchysnake_jax.data import check as check_lib
+
+    for name in ("frames", "workers"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} is {value}: it takes a number >= 1")
+    if sum(map(bool, (args.lists, args.dataset, config))) != 1:
+        raise ConfigError("data check takes one of: list files or a folder, --dataset, --config")
+    progress, reports = Progress(every=5.0), {}
+    data = DataConfig(
+        dataset=args.dataset or "",
+        root=args.videos,
+        annotations=args.annotations,
+        fold=args.fold,
+        allow_absolute=args.allow_absolute,
+    )
+    if config:
+        data = config.data
+    published = {}
+    if args.lists:
+        splits, sources = read_lists(args.lists, data)
+    else:
+        splits, sources, published = read_splits(data, progress)
+    for name, clips in splits.items():
+        clock = Clock(1)
+
+        def show(done, total, name=name, clock=clock):
+            clock.total = total
+            clock.advance(done)
+            progress.show(f"{name}: {done}/{total} files, {clock.left} left", done == total)
+
+        reports[name] = check_lib.check_clips(clips, args.frames, args.full, args.workers, show)
+    progress.close()
+    for name, report in reports.items():
+        print(check_lib.text(name, report, args.frames, published.get(name)))
+    shared = check_lib.overlaps(reports)
+    for sentence in shared:
+        print(sentence)
+    if args.plot:
+        check_lib.plot(args.plot, reports)
+        print(f"written: {args.plot}")
+    if args.write:
+        folders = [str(pathlib.Path(path).absolute().parent) for path in sources]
+        folders = [path for path in args.lists if os.path.isdir(path)] or folders
+        root = os.path.abspath(data.root or os.path.commonpath(folders))
+        written = check_lib.write(args.write, reports, root, sources)
+        print(
+            f"written: {', '.join(written)}, with classes.txt and left_out.txt; data.root: {root}"
+        )
+    broken = any(report.missing or report.unreadable for report in reports.values())
+    return int(broken or bool(shared))
+
+
+def read_lists(paths: list[str], data: DataConfig) -> tuple[dict, list[str]]:
+    """The clips of list files and folders by name, and the list files."""
+    from stretchysnake_jax.data.datasets import folders
+    from stretchysnake_jax.data.lists import read_list
+
+    splits = {}
+    for path in paths:
+        name = pathlib.Path(path).stem or "clips"
+        if name in splits:
+            raise ConfigError(f"two lists are called {name}: check them one by one")
+        if os.path.isdir(path):
+            splits[name] = folders.read_tree(path, loose=True)
+        else:
+            splits[name] = read_list(path, data.root, None, data.allow_absolute)
+    # Lists of numbers know classes up to their largest only.
+    classes = max((clips.classes for clips in splits.values()), key=len)
+    for name, clips in splits.items():
+        if clips.classes == classes[: len(clips.classes)]:
+            splits[name] = dataclasses.replace(clips, classes=classes)
+    return splits, [path for path in paths if not os.path.isdir(path)]
+
+
+def read_splits(data: DataConfig, progress: Progress) -> tuple[dict, list[str], dict]:
+    """The clips of the splits of a run by name, its list files, and published numbers of clips."""
+    from stretchysnake_jax.data import datasets
+    from stretchysnake_jax.data.lists import read_list
+
+    if data.stick_actions.path:
+        folder = pathlib.Path(data.stick_actions.path)
+        lists = {name: str(folder / f"{name}.txt") for name in datasets.SPLITS}
+        data = dataclasses.replace(data, dataset="", root="", **lists)
+    dataset = datasets.find_dataset(data.dataset) if data.dataset else None
+    splits, sources, published, classes = {}, [], {}, None
+    for name in datasets.SPLITS:
+        path = getattr(data, name)
+        if path:
+            splits[name] = read_list(path, data.root, classes, data.allow_absolute)
+            sources.append(path)
+        elif dataset and name in dataset.sizes:
+            place = data.dataset, data.root, data.annotations, name, data.fold
+            try:
+                splits[name] = datasets.read_dataset(*place, classes)
+            except datasets.NoSplit as error:
+                progress.say(f"{name}: not checked: {error}")
+                continue
+            published[name] = dataset.size(name, data.fold)
+        else:
+            continue
+        classes = splits[name].classes
+    if not splits:
+        raise ConfigError(f"{data.dataset} has no split that can be checked")
+    return splits, sources, published

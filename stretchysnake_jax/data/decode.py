@@ -14,6 +14,8 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
+from stretchysnake_jax.data.index import FrameCounts
+
 MAX_HEADER_COUNT = 10_000_000  # a larger one is nonsense: over four days of video
 # Grabs that may fail in a row before the file counts as ended: behind a damaged frame there are
 # often good ones. At a true end each of them costs microseconds.
@@ -56,6 +58,7 @@ def read_clip(
     path: str | os.PathLike,
     choose: Callable[[int], np.ndarray],
     transform: Callable[[np.ndarray], np.ndarray] | None = None,
+    counts: FrameCounts | None = None,
 ) -> tuple[np.ndarray, int]:
     """Reads the wanted frames of a video.
 
@@ -65,6 +68,8 @@ def read_clip(
         called again if n turns out to be another, so it must be a pure function.
       transform: applied to every frame read, uint8 (h, w, 3) -> (h', w', 3), before the next one is
         decoded, so that no two full-size frames are held. It sees the channels in the order BGR.
+      counts: true frame counts of earlier reads, and where new ones go. They save a read that would
+        contradict the header, and change nothing else.
 
     Returns:
       The frames, RGB, uint8 (len(choose(n)), h', w', 3), upright if the file is marked as rotated,
@@ -77,23 +82,40 @@ def read_clip(
     set_up_opencv()
     path = os.path.abspath(path)  # "a:b.mp4" would be taken for the address of a protocol
     _check_file(path)
+    indexed = counts.get(path) if counts is not None else None
     known = None  # the true count, once the header's is found wrong
     try:
         while True:
             with _Capture(path) as capture:
                 count = known or capture.header_count()
+                wanted = choose(count) if count else None
+                if indexed and not known and _contradicts(indexed, count, wanted):
+                    known = count = indexed
+                    wanted = choose(count)
                 if count:
-                    frames, true = _read(capture, choose(count), count, transform, not known)
+                    doubt = not known and not indexed
+                    frames, true = _read(capture, wanted, count, transform, doubt)
                     if frames is not None:
+                        if counts is not None and doubt and count <= len(wanted):
+                            counts.learn(path, count)  # it was counted to the end
                         return frames, count
                 else:
                     true = capture.count()
                 if true == 0:
                     raise UnreadableVideo(path, _no_frames(capture.codec()))
+                if counts is not None and not capture.unconverted:
+                    counts.learn(path, true)
                 known = true
     except cv2.error as error:
         reason = f"OpenCV can't read it: {error.err or error}"
         raise UnreadableVideo(path, " ".join(reason.split())) from error
+
+
+def _contradicts(true: int, count: int, wanted) -> bool:
+    """Whether a read by the header's `count` would be found wrong, `true` being right."""
+    if not count:
+        return True
+    return int(wanted[-1]) >= true or (count <= len(wanted) and count != true)
 
 
 def _read(capture, wanted, count, transform, doubt):
@@ -119,9 +141,15 @@ def _read(capture, wanted, count, transform, doubt):
 
 
 class _Capture:
-    """A video file while it is read, as a context manager."""
+    """A video file while it is read, as a context manager.
+
+    Attributes:
+      unconverted: a frame that was grabbed could not be converted, so the file ended for the reader
+        earlier than it does by counting.
+    """
 
     def __init__(self, path):
+        self.unconverted = False
         self._capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, _OPEN)
         if not self._capture.isOpened():
             raise UnreadableVideo(path, _why_not_opened(path))
@@ -157,6 +185,7 @@ class _Capture:
     def retrieve(self):
         """The frame that was grabbed, BGR; None if it can't be converted."""
         ok, frame = self._capture.retrieve()
+        self.unconverted |= not ok
         return frame if ok else None
 
 

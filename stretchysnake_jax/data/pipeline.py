@@ -6,18 +6,20 @@ for any number of threads, workers and hosts, and a run resumes from its step nu
 """
 
 import dataclasses
+import functools
 import gc
+import math
 from collections.abc import Iterator
 
 import grain
 import numpy as np
 
 from stretchysnake_jax.buckets import Bucket, Schedule
-from stretchysnake_jax.config import ConfigError, DataConfig
-from stretchysnake_jax.data import decode, sampling, transforms
+from stretchysnake_jax.config import ConfigError, DataConfig, resolve
+from stretchysnake_jax.data import augment, decode, sampling, source, transforms
 from stretchysnake_jax.data.lists import ClipList
 
-_GEOMETRY, _FRAMES = 0, 1  # the random streams of a sample
+_STREAMS = {"geometry": 0, "frames": 1, "colour": 2, "erase": 3}  # the random streams of a sample
 
 
 class Plan:
@@ -32,18 +34,19 @@ class Plan:
       batch_size: clips per step, all hosts together.
       seed: of the permutations.
       shard_index, shard_count: this host and the number of hosts.
+      repeats: how often a clip comes, one after the other.
     """
 
-    def __init__(self, clips, which, batch_size, seed, shard_index=0, shard_count=1):
+    def __init__(self, clips, which, batch_size, seed, shard_index=0, shard_count=1, repeats=1):
         self.clips, self.which, self.batch_size, self.seed = clips, which, batch_size, seed
-        self.shard_index, self.shard_count = shard_index, shard_count
+        self.shard_index, self.shard_count, self.repeats = shard_index, shard_count, repeats
 
     def __len__(self):
         return len(self.which)
 
     def __getitem__(self, step):
         rows = _rows(step, self.batch_size, self.shard_index, self.shard_count)
-        ids = [self._clip(*divmod(int(row), self.clips)) for row in rows]
+        ids = [self._clip(*divmod(int(row) // self.repeats, self.clips)) for row in rows]
         return step, int(self.which[step]), np.array(ids, np.int32), rows
 
     def _clip(self, epoch, position):
@@ -55,19 +58,20 @@ class Plan:
 class ListPlan:
     """The plan of an evaluation: the list in its order, padded to whole batches with clip -1.
 
-    Args: as of `Plan`.
+    Args: as of `Plan`; `views` of every clip come one after the other.
     """
 
-    def __init__(self, clips, batch_size, shard_index=0, shard_count=1):
-        self.clips, self.batch_size = clips, batch_size
+    def __init__(self, clips, batch_size, shard_index=0, shard_count=1, views=1):
+        self.clips, self.batch_size, self.views = clips, batch_size, views
         self.shard_index, self.shard_count = shard_index, shard_count
 
     def __len__(self):
-        return -(-self.clips // self.batch_size)
+        return -(-self.clips * self.views // self.batch_size)
 
     def __getitem__(self, step):
         rows = _rows(step, self.batch_size, self.shard_index, self.shard_count)
-        return step, 0, np.where(rows < self.clips, rows, -1).astype(np.int32), rows
+        ids = rows // self.views
+        return step, 0, np.where(ids < self.clips, ids, -1).astype(np.int32), rows
 
 
 def _rows(step, batch_size, shard_index, shard_count):
@@ -81,16 +85,21 @@ class LoadBatch:
     """Maps an element of a plan to a batch.
 
     Attributes:
-      config: sampling and transforms.
+      config: sampling and transforms, resolved on the way.
       clips: the list.
       buckets: the scales that the plan's bucket indices mean.
-      seed: of the random frames, crops and flips; None: evaluation, nothing is random.
+      seed: of the random frames and augmentations; None: evaluation, nothing is random.
+      views: evaluation only, test clips and test crops of every clip.
     """
 
     config: DataConfig
     clips: ClipList
     buckets: tuple[Bucket, ...]
     seed: int | None
+    views: tuple[int, int] = (1, 1)
+
+    def __post_init__(self):
+        self.config = resolve(self.config)
 
     def __call__(self, element) -> dict:
         step, which, ids, rows = element
@@ -100,12 +109,13 @@ class LoadBatch:
         label = np.where(ids >= 0, self.clips.labels[ids], 0).astype(np.int32)
         mask = np.zeros(n, np.float32)
         unreadable = []
-        for i in np.flatnonzero(ids >= 0):
+        for same in self._decoded_together(ids, rows):
             try:
-                video[i] = self._read(self.clips.paths[ids[i]], bucket, int(rows[i]))
-                mask[i] = 1
+                read = self._read_train if self.seed is not None else self._read_eval
+                video[same] = read(int(ids[same[0]]), bucket, rows[same])
+                mask[same] = 1
             except decode.UnreadableVideo as error:
-                unreadable.append((error.path, error.reason))
+                unreadable += [(error.path, error.reason)] * len(same)
         return {
             "step": step,
             "bucket": which,
@@ -116,23 +126,56 @@ class LoadBatch:
             "unreadable": unreadable,
         }
 
-    def _read(self, path, bucket, row):
-        size, mode = (bucket.height, bucket.width), self.config.resize
-        if self.seed is None:
-            geometry = transforms.eval_geometry(*size, mode)
-        else:
-            rng = sample_rng(self.seed, row, _GEOMETRY)
-            geometry = transforms.train_geometry(
-                *size, mode, self.config.crop_scale, self.config.flip, rng
-            )
+    def _decoded_together(self, ids, rows) -> list[list[int]]:
+        """The samples of a batch, the repeats of one clip together: they show the same frames."""
+        groups = {}
+        for i in np.flatnonzero(ids >= 0):
+            together = rows[i] if self.seed is None else rows[i] // self.config.repeats
+            groups.setdefault(int(together), []).append(int(i))
+        return list(groups.values())
+
+    def _read_train(self, clip, bucket, rows):
+        """Augmented copies of one clip, uint8 (len(rows), frames, height, width, 3)."""
+        copies = [self._draw_augmentation(bucket, int(row)) for row in rows]
+        first = int(rows[0]) // self.config.repeats
 
         def choose(n):  # starts its generator anew: a second call must draw the same numbers
-            if self.config.sampling == "uniform":
-                return sampling.uniform(n, bucket.frames)
-            rng = None if self.seed is None else sample_rng(self.seed, row, _FRAMES)
-            return sampling.sparse(n, bucket.frames, rng)
+            rng = sample_rng(self.seed, first, _STREAMS["frames"])
+            return self._choose(n, bucket, rng=rng)
 
-        return decode.read_clip(path, choose, geometry)[0]
+        def transform(frame):
+            return np.concatenate([copy.frame(frame) for copy in copies])
+
+        only = copies[0].frame if len(copies) == 1 else None
+        video = self._read(clip, choose, only or transform)
+        video = video.reshape(bucket.frames, len(copies), bucket.height, bucket.width, 3)
+        for copy, frames in zip(copies, video.swapaxes(0, 1), strict=True):
+            copy.finish(frames)
+        return video.swapaxes(0, 1)
+
+    def _read_eval(self, clip, bucket, rows):
+        """One view of one clip, uint8 (1, frames, height, width, 3)."""
+        clips, crops = self.views
+        view, crop = divmod(int(rows[0]) % (clips * crops), crops)
+        size, mode = (bucket.height, bucket.width), self.config.resize
+        geometry = transforms.eval_geometry(*size, mode, crop, crops)
+        choose = functools.partial(self._choose, bucket=bucket, view=view, views=clips)
+        return self._read(clip, choose, geometry)[None]
+
+    def _draw_augmentation(self, bucket, row):
+        def rngs(name):
+            return sample_rng(self.seed, row, _STREAMS[name])
+
+        size = bucket.height, bucket.width
+        return augment.draw(self.config, *size, self.clips.flip, rngs)
+
+    def _choose(self, n, bucket, **which):
+        config = self.config
+        return sampling.choose(config.sampling, n, bucket.frames, stride=config.stride, **which)
+
+    def _read(self, clip, choose, transform):
+        window = self.clips.window(clip)
+        return source.read_clip(self.clips.paths[clip], choose, transform, window)[0]
 
 
 def sample_rng(seed: int, row: int, stream: int) -> np.random.Generator:
@@ -214,10 +257,12 @@ def train_batches(
     Raises:
       ConfigError: the batch can't be divided among the hosts.
     """
+    config = resolve(config)
     _check_shards("data.batch_size", config.batch_size, shard_count)
     if not 0 <= start_step <= len(schedule.which):
         raise ValueError(f"start_step {start_step} is outside 0..{len(schedule.which)}")
-    plan = Plan(len(clips), schedule.which, config.batch_size, seed, shard_index, shard_count)
+    shard = shard_index, shard_count
+    plan = Plan(len(clips), schedule.which, config.batch_size, seed, *shard, config.repeats)
     return _load(config, plan, LoadBatch(config, clips, schedule.buckets, seed), start_step)
 
 
@@ -229,15 +274,18 @@ def eval_batches(
     *,
     shard_index: int = 0,
     shard_count: int = 1,
+    views: tuple[int, int] = (1, 1),
 ) -> Batches:
-    """The clips in list order, one view of each, nothing random.
+    """The clips in list order, nothing random.
 
     Args:
       config: sampling, transforms and loader; its batch size isn't used.
       clips: the list.
       bucket: the scale.
-      batch_size: clips per batch, all hosts together.
+      batch_size: views per batch, all hosts together.
       shard_index, shard_count: this host and the number of hosts.
+      views: (test clips, test crops) of every clip, such as (4, 3), crops innermost. They come one
+        after the other and have the clip's index.
 
     Returns:
       An iterator of dicts as of `train_batches`, to be closed. The last batch is padded to the full
@@ -247,8 +295,8 @@ def eval_batches(
       ConfigError: the batch can't be divided among the hosts.
     """
     _check_shards("the evaluation batch size", batch_size, shard_count)
-    plan = ListPlan(len(clips), batch_size, shard_index, shard_count)
-    return _load(config, plan, LoadBatch(config, clips, (bucket,), None), 0)
+    plan = ListPlan(len(clips), batch_size, shard_index, shard_count, math.prod(views))
+    return _load(config, plan, LoadBatch(config, clips, (bucket,), None, views), 0)
 
 
 def _check_shards(name, batch_size, shard_count):

@@ -9,6 +9,9 @@ import math
 import cv2
 import numpy as np
 
+RATIO = (3 / 4, 4 / 3)  # width / height of a random-resized box, over that of what comes out
+_TRIES = 10  # boxes drawn before the centre is taken
+
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
@@ -20,6 +23,7 @@ class Geometry:
         fits the frame; None: the whole frame, squashed.
       place: (vertical, horizontal) place of the box, 0 top or left .. 1 bottom or right.
       flip: mirror left and right.
+      view: (j, n): box j of n spread evenly over the room that is left, instead of `place`.
     """
 
     height: int
@@ -27,6 +31,7 @@ class Geometry:
     scale: float | None = 1.0
     place: tuple[float, float] = (0.5, 0.5)
     flip: bool = False
+    view: tuple[int, int] | None = None
 
     def box(self, height: int, width: int) -> tuple[int, int, int, int]:
         """The part of a (height, width) frame that is kept, as (top, left, height, width)."""
@@ -35,6 +40,9 @@ class Geometry:
         fit = self.scale * min(height / self.height, width / self.width)
         high = min(height, max(1, round(fit * self.height)))
         wide = min(width, max(1, round(fit * self.width)))
+        if self.view:
+            j, last = self.view[0], self.view[1] - 1
+            return (height - high) * j // last, (width - wide) * j // last, high, wide
         # ceil - 1 makes all d + 1 offsets equally likely and puts 0.5 at d // 2, the centre crop.
         top, left = (
             max(0, math.ceil(share * (d + 1)) - 1)
@@ -56,6 +64,37 @@ class Geometry:
         return cv2.flip(frame, 1) if self.flip else frame
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class RandomResized(Geometry):
+    """A box of random area and ratio, the "Inception crop" as torchvision draws it.
+
+    Attributes:
+      area: smallest box / frame, areas.
+      draws: numbers 0..1 for area, ratio, top and left of every try, float (tries, 4). The first
+        box that fits is taken; should none, the largest in the centre with an allowed ratio.
+    """
+
+    area: float = 0.08
+    draws: np.ndarray | None = None
+
+    def box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """The part of a (height, width) frame that is kept, as (top, left, height, width)."""
+        low, high = (ratio * self.width / self.height for ratio in RATIO)
+        for area, ratio, vertical, horizontal in self.draws:
+            pixels = height * width * (self.area + (1 - self.area) * area)
+            aspect = low * (high / low) ** ratio
+            wide, tall = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+            if 0 < wide <= width and 0 < tall <= height:
+                top, left = (
+                    min(d, int(share * (d + 1)))
+                    for share, d in ((vertical, height - tall), (horizontal, width - wide))
+                )
+                return top, left, tall, wide
+        tall = min(height, max(1, round(width / low)))
+        wide = min(width, max(1, round(height * high)))
+        return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
 def resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resizes a frame.
 
@@ -74,7 +113,12 @@ def resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     high, wide = frame.shape[:2]
     if high > height or wide > width:
         size = (min(wide, width), min(high, height))
-        frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+        if high % size[1] or wide % size[0]:
+            # The same numbers in less time: OpenCV averages bytes by parts of pixels one by one.
+            frame = cv2.resize(frame.astype(np.float32), size, interpolation=cv2.INTER_AREA)
+            frame = cv2.convertScaleAbs(frame)
+        else:
+            frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
     if high < height or wide < width:
         frame = cv2.resize(frame, (width, height), interpolation=cv2.INTER_LINEAR)
     return frame
@@ -84,7 +128,7 @@ def train_geometry(
     height: int,
     width: int,
     mode: str,
-    crop_scale: float,
+    smallest: float,
     flip: float,
     rng: np.random.Generator,
 ) -> Geometry:
@@ -92,24 +136,41 @@ def train_geometry(
 
     Args:
       height, width: pixels that come out.
-      mode: "crop": a box of random size and place; "squash": the whole frame.
-      crop_scale: smallest box / largest box, 0..1.
+      mode: "crop": a box of random size and place; "random_resized": of random ratio, too;
+        "squash": the whole frame.
+      smallest: 0..1, smallest box / largest box, by their sides ("crop") or their areas
+        ("random_resized").
       flip: chance of a horizontal flip.
-      rng: always gives four numbers, whatever the mode.
+      rng: its first four numbers are drawn whatever the mode.
 
     Returns:
       The `Geometry`.
     """
     scale, vertical, horizontal, coin = 1 - rng.random(4)  # each in (0, 1]
+    if mode == "random_resized":
+        draws = rng.random((_TRIES, 4))
+        return RandomResized(height, width, flip=coin <= flip, area=smallest, draws=draws)
     return Geometry(
         height,
         width,
-        scale=crop_scale + (1 - crop_scale) * scale if mode == "crop" else None,
+        scale=smallest + (1 - smallest) * scale if mode == "crop" else None,
         place=(vertical, horizontal),
         flip=coin <= flip,
     )
 
 
-def eval_geometry(height: int, width: int, mode: str) -> Geometry:
-    """The geometry of an evaluation clip: the centre ("crop") or the whole frame ("squash")."""
-    return Geometry(height, width, scale=1.0 if mode == "crop" else None)
+def eval_geometry(height: int, width: int, mode: str, crop: int = 0, crops: int = 1) -> Geometry:
+    """The geometry of an evaluation clip.
+
+    Args:
+      height, width: pixels that come out.
+      mode: "squash": the whole frame; else the largest box of the shape of what comes out.
+      crop, crops: which of several boxes, spread evenly along the side that has room; a single one
+        lies in the centre.
+
+    Returns:
+      The `Geometry`.
+    """
+    if mode == "squash":
+        return Geometry(height, width, scale=None)
+    return Geometry(height, width, view=(crop, crops) if crops > 1 else None)

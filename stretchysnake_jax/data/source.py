@@ -1,0 +1,96 @@
+"""One door to a clip, whatever it lies in: a video file, a folder of frames, or a record."""
+
+import functools
+import math
+import os
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+
+from stretchysnake_jax.data import decode, frames, records
+from stretchysnake_jax.data.decode import UnreadableVideo
+from stretchysnake_jax.data.index import FrameCounts
+
+Window = tuple[float, float, str]  # see `ClipList.window`
+
+
+def read_clip(
+    path: str,
+    choose: Callable[[int], np.ndarray],
+    transform: Callable[[np.ndarray], np.ndarray] | None = None,
+    window: Window | None = None,
+    counts: FrameCounts | None = None,
+) -> tuple[np.ndarray, int]:
+    """Reads the wanted frames of a clip.
+
+    Args:
+      path: a video file, a folder of frames, or the address of a record.
+      choose, transform: as of `decode.read_clip`; `choose` counts from the start of the window.
+      window: the part of the video that is the clip: (start, end, "seconds" or "frames"), the end
+        excluded. None: all of it.
+      counts: of video files, as of `decode.read_clip`.
+
+    Returns:
+      The frames, RGB, uint8 (len(choose(n)), h, w, 3), and n, the frames of the clip.
+
+    Raises:
+      UnreadableVideo: a frame can't be read, or the window lies behind the end of the video.
+    """
+    read = functools.partial(decode.read_clip, counts=counts)
+    if records.is_address(path):
+        read = records.read_record
+    elif os.path.isdir(path):
+        read = frames.read_folder
+    if window is None:
+        return read(path, choose, transform)
+    rate = frame_rate(path) if window[2] == "seconds" else 1.0
+
+    def choose_inside(n):
+        first, end = frame_span(window, n, rate)
+        return first + choose(end - first)
+
+    got, n = read(path, choose_inside, transform)
+    first, end = frame_span(window, n, rate)
+    if window[0] * rate >= n:  # checked here, where n is the true count
+        raise UnreadableVideo(
+            path,
+            f"the clip starts at {window[0]:g} {window[2]}, behind the end of the video, which has "
+            f"{n} frames",
+        )
+    return got, end - first
+
+
+def frame_span(window: Window, n: int, rate: float) -> tuple[int, int]:
+    """The frames of a window: the first, and the one after the last; at least one.
+
+    Args:
+      window: (start, end, unit); the end may be inf.
+      n: frames of the video.
+      rate: frames per unit of the window.
+    """
+    # Rounded first: 0.28 s at 25 per second come out as 7.000000000000001 frames.
+    first = min(n - 1, math.floor(round(window[0] * rate, 6)))
+    return first, max(first + 1, math.ceil(round(min(n, window[1] * rate), 6)))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def frame_rate(path: str) -> float:
+    """Frames per second by the header of a video; its mean where the rate varies.
+
+    Raises:
+      UnreadableVideo: the file can't be read, or nothing says the rate, as with a folder of frames.
+    """
+    decode.set_up_opencv()
+    rate = 0.0
+    if records.is_address(path):
+        rate = records.frame_rate(path) or 0.0
+    elif os.path.isfile(path):
+        capture = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG)
+        rate = capture.get(cv2.CAP_PROP_FPS)
+        capture.release()
+    if rate <= 0 and not os.path.isdir(path) and not records.is_address(path):
+        decode.read_clip(path, lambda n: np.zeros(1, np.int64))  # says what is wrong with it
+    if not 0 < rate < 1000:
+        raise UnreadableVideo(path, "nothing says its frame rate, so times can't be found in it")
+    return rate
