@@ -18,7 +18,8 @@ from stretchysnake_kernels.selective_scan import api, gpu
 needs_compiler = pytest.mark.skipif(
     aot.missing_packages() is not None, reason=str(aot.missing_packages())
 )
-FAST = {"length 1, both", "length 37, both", "bfloat16", "3 chunks"}
+# Of each a few in every run, so that all of it is compiled once: implementation and GPU.
+FAST = {("pallas", "9.0"), ("triton", "8.0")}
 
 
 def cases(items, fast, title):
@@ -43,7 +44,9 @@ def cases(items, fast, title):
     "implementation, case, target",
     cases(
         dict.fromkeys(proof.EMULATED, proof.CASES),
-        lambda i, case, target: case.title in FAST and (i, target) != ("triton", "9.0"),
+        lambda i, case, target: (
+            (i, target) in FAST and case.title in ("length 37, both", "3 chunks")
+        ),
         lambda case: case.title,
     ),
 )
@@ -58,8 +61,7 @@ def test_ptx_computes_the_reference(implementation, case, target):
         # Mosaic's are compiled in test_mosaic_scan.py, in a process for each.
         {name: proof.launches(name) for name in proof.EMULATED},
         lambda i, launch, target: (
-            launch.title in ("forward, keeping checkpoints", "backward")
-            and (i, target) != ("triton", "8.0")
+            (i, target) in FAST and launch.title in ("forward, keeping checkpoints", "backward")
         ),
         lambda launch: launch.title,
     ),
@@ -80,12 +82,19 @@ def test_resources_of_the_forward_kernels_on_other_gpus(implementation, target):
 
 
 @needs_compiler
-@pytest.mark.parametrize("target", ["8.0", pytest.param("9.0", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("implementation", proof.EMULATED)
+@pytest.mark.parametrize(
+    "implementation, target",
+    [
+        ("pallas", "9.0"),
+        pytest.param("pallas", "8.0", marks=pytest.mark.slow),
+        pytest.param("triton", "8.0", marks=pytest.mark.slow),
+        pytest.param("triton", "9.0", marks=pytest.mark.slow),
+    ],
+)
 def test_traffic(implementation, target):
     rows = proof.measure_traffic(implementation, target)
     assert [row["misses"] for row in rows] == [[], []]
-    assert all(row["times_least"] > 0.99 for row in rows)  # something was counted
+    assert all(row["times_least"] > 0.9 for row in rows)  # something was counted
 
 
 @needs_compiler
