@@ -6,6 +6,7 @@ from stretchysnake_jax.config import ConfigError, nearest
 
 # name -> (module, what it does)
 BENCHMARKS = {
+    "data": ("stretchysnake_jax.data.bench", "the loader: clips per second, stages, other readers"),
     "scan": ("stretchysnake_bench.scan", "time and memory of the selective scan; --tune on a GPU"),
     "kernels": ("stretchysnake_bench.kernels_table", "what the GPU kernels need, without a GPU"),
     "gpu": ("stretchysnake_bench.gpu_report", "all that needs a GPU: tests, tuning, benchmark"),

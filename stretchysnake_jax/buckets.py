@@ -6,11 +6,14 @@ which is StretchySnake; `vanilla` trains on one scale. All scales of a batch are
 one compiled step. The schedule is a pure function of (seed, step), so every host computes it alone.
 """
 
+import bisect
 import dataclasses
+import functools
+import math
 
 import numpy as np
 
-from stretchysnake_jax.config import ConfigError, ModelConfig, StretchConfig
+from stretchysnake_jax.config import Config, ConfigError, ModelConfig, StretchConfig, resolve
 
 # The paper's sets for a base patch of 16 and a base size of 224 pixels.
 PAPER_SIZES = {
@@ -188,16 +191,55 @@ class Schedule:
     Attributes:
       buckets: the distinct buckets.
       which: int32 (steps,), the index of each step's bucket.
+      batch_sizes: samples of a step of each bucket, all hosts together; (): data.batch_size.
     """
 
     buckets: tuple[Bucket, ...]
     which: np.ndarray
+    batch_sizes: tuple[int, ...] = ()
+
+    @functools.cached_property
+    def offsets(self) -> np.ndarray:
+        """How many samples come before each step, and in all: int64 (steps + 1,)."""
+        return sample_offsets(self.which, self.batch_sizes)
 
     def __getitem__(self, step: int) -> Bucket:
         return self.buckets[self.which[step]]
 
     def __len__(self):
         return len(self.which)
+
+
+def sample_offsets(which: np.ndarray, batch_sizes: tuple[int, ...]) -> np.ndarray:
+    """How many samples come before each step, and in all.
+
+    Args:
+      which: the index of each step's bucket, int (steps,).
+      batch_sizes: samples of a step of each bucket.
+
+    Returns:
+      int64 (steps + 1,).
+    """
+    return np.concatenate([[0], np.cumsum(np.array(batch_sizes, np.int64)[which])])
+
+
+def make_batch_sizes(config: Config, buckets) -> tuple[int, ...]:
+    """The samples of a step of every bucket, all hosts together.
+
+    With `data.tokens_per_batch` a batch is the largest whose tokens (class tokens counted) don't
+    exceed it, in multiples of `data.batch_multiple` (0: 1) and of `data.repeats`, and at least one
+    multiple.
+
+    Args:
+      config: the run's.
+      buckets: the scales.
+    """
+    data = resolve(config.data)
+    if not data.tokens_per_batch:
+        return (data.batch_size,) * len(buckets)
+    multiple = math.lcm(data.batch_multiple or 1, data.repeats)
+    tokens = [bucket.tokens(config.model.tubelet) for bucket in buckets]
+    return tuple(max(1, data.tokens_per_batch // (n * multiple)) * multiple for n in tokens)
 
 
 def make_schedule(stretch: StretchConfig, model: ModelConfig, steps: int, seed: int) -> Schedule:
@@ -212,17 +254,61 @@ def make_schedule(stretch: StretchConfig, model: ModelConfig, steps: int, seed: 
       steps: length of the run.
       seed: of the run.
     """
+    draws = np.array([_draw(seed, step) for step in range(steps)])
     buckets, chances = zip(*training_buckets(stretch, model), strict=True)
-    draws = np.empty(steps)
-    for step in range(steps):
-        draws[step] = np.random.Generator(np.random.Philox(key=seed, counter=step)).random()
+    return Schedule(buckets, _choose(buckets, chances, draws, stretch.short_first))
+
+
+def make_run_schedule(config: Config, samples: int) -> Schedule:
+    """The schedule of a run with its length and its batch sizes.
+
+    With `train.epochs` the run ends with the first step by which so many samples were drawn.
+
+    Args:
+      config: the run's.
+      samples: of an epoch, augmented copies counted.
+
+    Returns:
+      The `Schedule`; a pure function of the arguments.
+    """
+    stretch, seed = config.stretch, config.train.seed
+    buckets, chances = zip(*training_buckets(stretch, config.model), strict=True)
+    sizes = make_batch_sizes(config, buckets)
+    wanted = config.train.epochs * samples
+
+    def draw_to(steps):
+        draws.extend(_draw(seed, step) for step in range(len(draws), steps))
+
+    def choose(steps):
+        return _choose(buckets, chances, np.array(draws[:steps]), stretch.short_first)
+
+    def drawn(steps):
+        return sample_offsets(choose(steps), sizes)[-1]
+
+    draws: list[float] = []
+    steps = config.train.steps or math.ceil(wanted / max(sizes))
+    draw_to(steps)
+    if not config.train.steps and min(sizes) < max(sizes):
+        # Longer runs draw more: the early steps of short clips are a share of all.
+        while drawn(len(draws)) < wanted:
+            draw_to(len(draws) + len(draws) // 4 + 1)
+        steps = bisect.bisect_left(range(len(draws)), wanted, key=drawn)
+    return Schedule(buckets, choose(steps), sizes)
+
+
+def _draw(seed: int, step: int) -> float:
+    return np.random.Generator(np.random.Philox(key=seed, counter=step)).random()
+
+
+def _choose(buckets, chances, draws: np.ndarray, short_first: float) -> np.ndarray:
+    """The index of each step's bucket, int32 (steps,), from numbers 0..1."""
     which = np.searchsorted(np.cumsum(chances), draws * sum(chances), side="right")
     which = np.minimum(which, len(buckets) - 1).astype(np.int32)
     shortest = min(b.frames for b in buckets)
     among = np.array(
         [c if b.frames == shortest else 0.0 for b, c in zip(buckets, chances, strict=True)]
     )
-    early = int(stretch.short_first * steps)
+    early = int(short_first * len(draws))
     short = np.searchsorted(np.cumsum(among), draws[:early] * among.sum(), side="right")
     which[:early] = np.minimum(short, np.flatnonzero(among)[-1])
-    return Schedule(buckets, which)
+    return which

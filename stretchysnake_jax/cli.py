@@ -19,9 +19,15 @@ COMMANDS = {
     "evaluate": ("stretchysnake_jax.evaluate", "accuracy and cost over frame counts and sizes"),
     "predict": ("stretchysnake_jax.predict", "classify video files"),
     "inspect": ("stretchysnake_jax.inspect", "buckets, or a resolved config, without running"),
-    "data": ("stretchysnake_jax.data.commands", "make the embedded data set, measure baselines"),
+    "data": (
+        "stretchysnake_jax.data.commands",
+        "check, show and prepare clips; make the embedded data set",
+    ),
     "convert": ("stretchysnake_jax.convert", "PyTorch checkpoints to ours and back"),
-    "bench": ("stretchysnake_jax.bench", "benchmarks: the selective scan"),
+    "bench": (
+        "stretchysnake_jax.bench",
+        "benchmarks: the selective scan, the GPU kernels, the loader",
+    ),
 }
 
 USAGE = "usage: stretchysnake COMMAND ...\n\n" + "\n".join(

@@ -30,8 +30,9 @@ class Clock:
     def __init__(self, total: int, done: int = 0, elapsed: float = 0.0):
         self.total, self.done = total, done
         self._before, self._start = elapsed, time.perf_counter()
+        self.waited = 0.0  # seconds of this process that `wait` was told of
         # Compilations come early and would spoil an average over all, so the rate is a recent one.
-        self._marks = collections.deque([(self._start, done)], maxlen=64)
+        self._marks = collections.deque([(self._start, done, 0.0)], maxlen=64)
 
     @property
     def elapsed(self) -> float:
@@ -41,13 +42,35 @@ class Clock:
     def advance(self, done: int) -> None:
         """Says that `done` units are done in all."""
         self.done = done
-        self._marks.append((time.perf_counter(), done))
+        self._marks.append((time.perf_counter(), done, self.waited))
+
+    def wait(self, seconds: float) -> None:
+        """Says that the work stood still for so long, waiting for something."""
+        self.waited += seconds
+
+    @property
+    def recent(self) -> tuple[float, int, int]:
+        """What `rate` is taken from: (seconds, units done before them, units done after them)."""
+        (t0, n0, _), (t1, n1, _) = self._marks[0], self._marks[-1]
+        return t1 - t0, n0, n1
+
+    @property
+    def waiting(self) -> float:
+        """Share of the recent time that was waiting, 0 to 1."""
+        (t0, _, w0), (t1, _, w1) = self._marks[0], self._marks[-1]
+        return (w1 - w0) / (t1 - t0) if t1 > t0 else 0.0
+
+    @property
+    def waiting_in_all(self) -> float:
+        """Share of this process' time that was waiting, 0 to 1."""
+        passed = time.perf_counter() - self._start
+        return self.waited / passed if passed > 0 else 0.0
 
     @property
     def rate(self) -> float:
         """Recent units per second; 0 before the first."""
-        (t0, n0), (t1, n1) = self._marks[0], self._marks[-1]
-        return (n1 - n0) / (t1 - t0) if t1 > t0 else 0.0
+        seconds, before, after = self.recent
+        return (after - before) / seconds if seconds > 0 else 0.0
 
     @property
     def left(self) -> str:

@@ -131,6 +131,10 @@ class DataConfig:
     allow_absolute: bool = False  # list entries may lead out of the root
     stick_actions: StickActionsConfig = dataclasses.field(default_factory=StickActionsConfig)
     batch_size: int = 8  # clips per step, all hosts together, augmented copies counted
+    # Tokens of a step, all hosts together: every bucket gets the batch size that comes closest from
+    # below, in whole multiples and at least one; 0: data.batch_size for all of them
+    tokens_per_batch: int = 0
+    batch_multiple: int = 0  # such a batch size is a multiple of it; 0: the devices at the start
     recipe: str = "light"  # one of RECIPES: what stands for the fields that are None
     sampling: str | None = None  # one of SAMPLINGS, see docs/data.md
     stride: int = 4  # "dense" sampling: frames of the video per frame of the clip
@@ -322,6 +326,8 @@ def validate(config: Config) -> None:
     _validate_augmentation(resolve(data))
     for name in ("batch_size", "threads", "prefetch"):
         _require(getattr(data, name) >= 1, f"data.{name}", getattr(data, name), "a number >= 1")
+    for name in ("tokens_per_batch", "batch_multiple"):
+        _require(getattr(data, name) >= 0, f"data.{name}", getattr(data, name), "a number >= 0")
     _require(data.workers >= 0, "data.workers", data.workers, "a number >= 0")
     _require(0 <= data.max_unreadable <= 1, "data.max_unreadable", data.max_unreadable, "0 to 1")
     ok = bool(data.train) or bool(data.dataset) or bool(data.stick_actions.path)

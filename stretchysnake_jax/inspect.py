@@ -47,8 +47,8 @@ def print_memory(config, device: str | None, implementations: str | None) -> Non
         raise ConfigError(str(error)) from error
     print(table)
     print(
-        f"\nGiB of {device or 'this machine'}: state, a batch of {config.data.batch_size} as the "
-        "trunk takes it, and temporary memory of\none training step, activations included, by "
+        f"\nGiB of {device or 'this machine'}: state, a batch as the trunk "
+        "takes it, and temporary memory of\none training step, activations included, by "
         f"implementation of the scan. {config.train.dtype}."
     )
 

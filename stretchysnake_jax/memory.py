@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from stretchysnake_kernels import dispatch
 from stretchysnake_kernels.selective_scan import gpu
 
-from stretchysnake_jax.buckets import training_buckets
+from stretchysnake_jax.buckets import make_batch_sizes, training_buckets
 from stretchysnake_jax.clock import Clock, Progress
 from stretchysnake_jax.config import Config
 from stretchysnake_jax.step import TrainStep, init_state
@@ -53,8 +53,8 @@ def measure(config: Config, device: str | None = None, implementation: str | Non
       implementation: of the selective scan; None: the one that runs by default.
 
     Yields:
-      (bucket, Memory). Buckets that share a trunk, such as those of one frame count under
-      static_tokens, are compiled once.
+      (bucket, Memory). Buckets that share a trunk and a batch size, such as those of one frame count
+      under static_tokens, are compiled once.
 
     Raises:
       ValueError: no such device.
@@ -62,8 +62,9 @@ def measure(config: Config, device: str | None = None, implementation: str | Non
       dispatch.Unsupported: the implementation does not run there.
     """
     state = jax.eval_shape(lambda: init_state(config, 100))
-    batch, done = config.data.batch_size, {}
-    for bucket, _ in training_buckets(config.stretch, config.model):
+    buckets = [bucket for bucket, _ in training_buckets(config.stretch, config.model)]
+    done = {}
+    for bucket, batch in zip(buckets, make_batch_sizes(config, buckets), strict=True):
         with contextlib.ExitStack() as stack:
             if implementation:
                 stack.enter_context(dispatch.prefer(implementation))
@@ -77,7 +78,7 @@ def measure(config: Config, device: str | None = None, implementation: str | Non
             )
             video = jax.eval_shape(lambda v, b=bucket, s=step: s.stem(v, b)[0], video)
             trunk = step.stem.projected(bucket)
-            if trunk not in done:
+            if (trunk, batch) not in done:
                 arrays = {
                     "video": video,
                     "label": jax.ShapeDtypeStruct((batch,), jnp.int32),
@@ -92,8 +93,8 @@ def measure(config: Config, device: str | None = None, implementation: str | Non
                 else:
                     compiled = jax.jit(update, donate_argnums=0).lower(state, arrays).compile()
                     temporary = compiled.memory_analysis().temp_size_in_bytes
-                done[trunk] = Memory(size(state), size(arrays), temporary)
-        yield bucket, done[trunk]
+                done[trunk, batch] = Memory(size(state), size(arrays), temporary)
+        yield bucket, done[trunk, batch]
 
 
 def memory_table(config: Config, device: str | None, implementations: list[str | None]) -> str:

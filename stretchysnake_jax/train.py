@@ -17,7 +17,7 @@ import numpy as np
 
 from stretchysnake_jax import config as config_lib
 from stretchysnake_jax import models
-from stretchysnake_jax.buckets import make_bucket, make_schedule
+from stretchysnake_jax.buckets import make_bucket, make_run_schedule
 from stretchysnake_jax.checkpoint import Checkpoints
 from stretchysnake_jax.clock import Clock, Progress
 from stretchysnake_jax.config import Config, ConfigError
@@ -102,6 +102,28 @@ def claim(workdir: pathlib.Path, config: Config, classes: list[str], begun: bool
     config_lib.save(config, path)
 
 
+def settle_batches(config: Config, workdir: pathlib.Path) -> Config:
+    """The config with `data.batch_multiple` as the run began with it, on whatever it goes on.
+
+    Were it the devices at hand, a run that goes on with another number of them would cut its row of
+    clips into other batches.
+    """
+    data, path = config.data, workdir / "config.json"
+    if not data.tokens_per_batch or data.batch_multiple:
+        return config
+    multiple = config_lib.load(path).data.batch_multiple if path.exists() else 0
+    data = dataclasses.replace(data, batch_multiple=multiple or jax.device_count())
+    return dataclasses.replace(config, data=data)
+
+
+def on_device(batch: dict) -> dict:
+    """Starts to send a batch to the accelerator; on a CPU it is already where it is used."""
+    if jax.default_backend() == "cpu":
+        return batch
+    arrays = ("video", "label", "mask")
+    return batch | jax.device_put({name: batch[name] for name in arrays})
+
+
 def fingerprint(clips: ClipList) -> str:
     """A digest of a list: its paths, labels, classes and windows."""
     parts = [clips.paths, clips.labels.tolist(), clips.classes]
@@ -159,9 +181,9 @@ def train(config: Config, workdir, progress: Progress | None = None) -> int:
     # 1. What is trained on what. The schedule follows from the config alone.
     config, clips, val = prepare(config, progress)
     cfg = config.train
-    samples = len(clips) * config.data.repeats  # of an epoch
-    steps = cfg.steps or math.ceil(cfg.epochs * samples / config.data.batch_size)
-    schedule = make_schedule(config.stretch, config.model, steps, cfg.seed)
+    config = settle_batches(config, workdir)
+    schedule = make_run_schedule(config, len(clips) * config.data.repeats)
+    steps = len(schedule)
     train_step = TrainStep(config, steps)
     # 2. Where it starts: at a checkpoint, at given weights, or at the beginning.
     workdir.mkdir(parents=True, exist_ok=True)
@@ -194,14 +216,17 @@ def train(config: Config, workdir, progress: Progress | None = None) -> int:
         done = {"elapsed": clock.elapsed, "unreadable": tally.state(), "clips": digest}
         checkpoints.save(state, done, metrics)
 
-    # 3. Step after step. Metrics are read one step late, so the device never waits for the host.
-    pending, step = None, start
+    # 3. Step after step. Metrics are read one step late, so the device never waits for the host:
+    # the next batch is loaded and sent to it while it is at the last one.
+    pending, step, metrics = None, start, None
     batches = pipeline.train_batches(config.data, clips, schedule, seed=cfg.seed, start_step=start)
     with StopOnSignal() as stop, batches:
         for step in range(start + 1, steps + 1):
             before = clock.elapsed
-            batch = next(batches)
+            batch = on_device(next(batches))
             waited = clock.elapsed - before
+            if metrics is None or metrics["loss"].is_ready():  # else the device was busy meanwhile
+                clock.wait(waited)
             for path, reason in tally.add(batch):
                 progress.say(f"unreadable, left out: {path}: {reason}")
             tally.check(len(clips), config.data.max_unreadable)
@@ -214,8 +239,10 @@ def train(config: Config, workdir, progress: Progress | None = None) -> int:
             clock.advance(step)
             pending = {"step": step, "bucket": str(bucket), **metrics}
             pending["learning_rate"] = float(learning_rates[step - 1])
-            pending["clips_per_s"] = clock.rate * config.data.batch_size
-            pending |= {"data_wait": waited, "unreadable": tally.count}
+            seconds, *span = clock.recent
+            pending["clips_per_s"] = float(np.diff(schedule.offsets[span])[0] / seconds)
+            pending |= {"data_wait": waited, "data_wait_share": clock.waiting}
+            pending["unreadable"] = tally.count
             pending["compiled"] = train_step.compilations
             validate = step == steps or (cfg.eval_every and step % cfg.eval_every == 0)
             if due or validate:  # never save or rate what is no longer finite
@@ -234,7 +261,9 @@ def train(config: Config, workdir, progress: Progress | None = None) -> int:
         progress.say(f"{name}: saved step {step} of {steps}; start again to continue")
         return 128 + stopping
     compiled = train_step.compilations
-    progress.say(f"done: {steps} steps in {workdir}, {compiled} compilations")
+    waiting = f", {100 * clock.waiting_in_all:.0f} % of the time waiting for data"
+    line = f"done: {steps} steps in {workdir}, {compiled} compilations"
+    progress.say(line + (waiting if steps > start else ""))
     return 0
 
 
@@ -255,8 +284,8 @@ def report(pending, log, progress, clock, every, checkpoints, steps, force=False
         log.write(line)
     progress.show(
         f"step {line['step']}/{steps}  {line['bucket']:<14} loss {line['loss']:.3f}  "
-        f"top-1 {100 * line['top1']:3.0f} %  {line['clips_per_s']:.1f} clips/s  "
-        f"{clock.left} left",
+        f"top-1 {100 * line['top1']:3.0f} %  {line['clips_per_s']:.1f} clips/s, "
+        f"{100 * line['data_wait_share']:.0f} % waiting for data  {clock.left} left",
         force and line["step"] == steps,
     )
 

@@ -26,6 +26,20 @@ def test_clock_counts_on_from_a_checkpoint(monkeypatch):
     assert work.rate == 2.0 and work.left == "5s" and work.elapsed == 55.0
 
 
+def test_clock_tells_the_share_of_waiting(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    work = clock.Clock(total=300, elapsed=50.0)
+    assert work.waiting == work.waiting_in_all == 0.0
+    for step in range(1, 101):
+        now[0] += 2.0
+        work.wait(1.0 if step <= 20 else 0.5)
+        work.advance(step)
+    assert work.waiting == 0.25  # of the recent steps
+    assert work.waiting_in_all == 0.3  # 20 s and 40 s of 200 s
+    assert work.recent == (126.0, 37, 100)
+
+
 def test_progress_prints_lines_where_there_is_no_terminal(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])

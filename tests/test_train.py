@@ -15,6 +15,7 @@ import pytest
 
 from stretchysnake_jax import cli, model
 from stretchysnake_jax import config as config_lib
+from stretchysnake_jax.buckets import make_run_schedule
 from stretchysnake_jax.clock import Progress
 from stretchysnake_jax.config import ConfigError
 from stretchysnake_jax.data.pipeline import TooManyUnreadable
@@ -72,6 +73,7 @@ def test_a_run_writes_what_it_promises(trained):
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 25))
     wanted = {"step", "bucket", "loss", "learning_rate", "clips_per_s", "data_wait", "unreadable"}
+    wanted |= {"data_wait_share"}
     assert all(wanted <= set(line) for line in steps)
     # 3 buckets: as many small stems, and one trunk for the one frame count.
     assert len({line["bucket"] for line in steps}) == 3 and steps[-1]["compiled"] == 4
@@ -226,3 +228,27 @@ def test_epochs_set_the_number_of_steps(tiny_config, tmp_path):
     tiny_config.train.steps, tiny_config.train.epochs = 0, 1.5  # 6 clips, 3 per step
     assert train(tiny_config, tmp_path) == 0
     assert model.load(tmp_path).step == 3
+
+
+def test_a_token_budget_sets_the_batches(tiny_config, tmp_path, capsys):
+    """Batches of several sizes; a run that goes on keeps the multiple that it began with."""
+    tiny_config.stretch.variant, tiny_config.stretch.sizes = "flex_all", (8, 16)
+    tiny_config.data.tokens_per_batch, tiny_config.train.steps = 40, 0
+    tiny_config.train.epochs, tiny_config.train.checkpoint_every = 4.0, 2  # of 6 clips
+    assert train(tiny_config, tmp_path / "run") == 0
+    said = capsys.readouterr().err
+    assert re.search(r"clips/s, \d+ % waiting for data", said)
+    assert re.search(r"done: \d+ steps .*, \d+ % of the time waiting for data", said)
+    run = config_lib.load(tmp_path / "run" / "config.json")
+    assert run.data.batch_multiple == jax.device_count()
+    schedule = make_run_schedule(run, 6)
+    assert len(set(schedule.batch_sizes)) > 1 and schedule.offsets[-2] < 24 <= schedule.offsets[-1]
+    lines = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert len(lines) == len(schedule)
+    assert all(0 <= line["data_wait_share"] <= 1 for line in lines)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert train(tiny_config, tmp_path / "run") == 0  # its own config says 0, "as at the start"
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    tiny_config.data.batch_multiple = 7
+    with pytest.raises(ConfigError, match=r"data\.batch_multiple is 1 there and 7 now"):
+        train(tiny_config, tmp_path / "run")

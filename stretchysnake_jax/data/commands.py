@@ -1,10 +1,11 @@
-"""The command `stretchysnake data`: check and show clips, make the embedded data set, measure its
-baselines."""
+"""The command `stretchysnake data`: check, show and prepare clips, make the embedded data set,
+measure its baselines."""
 
 import argparse
 import dataclasses
 import os
 import pathlib
+import re
 
 from stretchysnake_jax.clock import Clock, Progress
 from stretchysnake_jax.config import ConfigError, DataConfig, StickActionsConfig
@@ -12,7 +13,7 @@ from stretchysnake_jax.data import show as show_lib
 
 
 def main(argv: list[str]) -> int:
-    """Runs `stretchysnake data check`, `data show`, `data make PATH` or `data baselines PATH`."""
+    """Runs `stretchysnake data check`, `show`, `prepare`, `measure`, `make` or `baselines`."""
     parser = argparse.ArgumentParser(prog="stretchysnake data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser(
@@ -45,12 +46,19 @@ def main(argv: list[str]) -> int:
     baselines.add_argument("--test-list", help="test on another list file")
     add_check(commands)
     show_lib.add_parser(commands)
+    add_prepare(commands)
     config = None
     if argv[:1] in (["check"], ["show"]) and any(word.split("=")[0] == "--config" for word in argv):
         from stretchysnake_jax.cli import parse_config
 
         config, argv = parse_config(argv)
-    args = parser.parse_args(argv)
+    args, extra = parser.parse_known_args(argv)
+    if extra and args.command != "prepare":
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    if args.command == "prepare":
+        return prepare(args, extra)
+    if args.command == "measure":
+        return measure(args)
     if args.command == "check":
         return check(args, config)
     if args.command == "show":
@@ -221,3 +229,147 @@ def read_splits(data: DataConfig, progress: Progress) -> tuple[dict, list[str], 
     if not splits:
         raise ConfigError(f"{data.dataset} has no split that can be checked")
     return splits, sources, published
+
+
+def add_prepare(commands) -> None:
+    """Adds the words of `stretchysnake data prepare` and `data measure`."""
+    parser = commands.add_parser(
+        "prepare",
+        help="decode clips once, store them small and fast to read",
+        description="Decodes every clip once, shrinks it and stores its frames in ArrayRecord "
+        "files, with lists of them: train.txt, val.txt, test.txt, classes.txt, which train like "
+        "any other (--config.data.train=DST/train.txt). Killed or interrupted, the same command "
+        "goes on with the files that aren't finished. Clips that can't be read are printed, left "
+        "out and listed in left_out.txt; delete the file named beside one there and run again to "
+        "try it again.",
+        epilog="Many machines: start one --shard each, 0/n to n-1/n, with the same SRC and a DST "
+        "that they share (or copy the folders into one). The one that finds all files there writes "
+        "the lists; if none did, run the command once without --shard, which only writes what "
+        "lacks. The exit status is 1 if the lists leave clips out, 2 if nothing could be done.",
+    )
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="a list file, a folder with train.txt, val.txt, test.txt (or .csv), a folder of class "
+        "folders (or of train, val, test with class folders), a data set's videos (--dataset), or "
+        "a config file (FILE.py[:ARG], with --config.data... to change it)",
+    )
+    parser.add_argument("folder", metavar="DST", help="a new folder, or one to go on with")
+    parser.add_argument("--dataset", default="", help="SRC is this data set, such as ucf101")
+    parser.add_argument("--annotations", default="", metavar="DIR", help="of it; default: SRC")
+    parser.add_argument("--fold", type=int, default=1, help="way to split the data set (default 1)")
+    parser.add_argument("--videos", default="", metavar="DIR", help="root of the videos of lists")
+    parser.add_argument(
+        "--allow-absolute", action="store_true", help="list entries may lead out of the root"
+    )
+    parser.add_argument(
+        "--size", type=int, default=256, help="short side, never grown (default 256)"
+    )
+    parser.add_argument(
+        "--format",
+        default="jpeg",
+        help="jpeg: reads fastest (default); video: MPEG-4, a third of the disk (docs/data.md)",
+    )
+    parser.add_argument("--quality", type=int, default=85, help="of JPEGs, 1 to 100 (default 85)")
+    parser.add_argument("--every", type=int, default=1, help="keep one of N frames (default 1)")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="share of this machine")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    parser = commands.add_parser(
+        "measure",
+        help="what data prepare would save for a clip",
+        description="Prepares a video in several sizes and formats and prints bytes, the mean "
+        "difference of pixels (0-255, at 224x224) and the time to read 16 frames, against the "
+        "original: read in turns with one thread, processor time, median of nine.",
+    )
+    parser.add_argument("video", metavar="CLIP", help="a video")
+
+
+def prepare(args, words: list[str]) -> int:
+    """Runs `stretchysnake data prepare`; `words` are overrides of a config."""
+    from stretchysnake_jax.data import prepare as prepare_lib
+    from stretchysnake_jax.data.record_writer import Settings
+
+    shard = re.fullmatch(r"(\d+)/(\d+)", args.shard)
+    shard = shard and (int(shard[1]), int(shard[2]))
+    if not shard or shard[0] >= shard[1]:
+        raise ConfigError(f"--shard is {args.shard!r}: it takes I/N, I from 0 to N - 1")
+    if args.workers is not None and args.workers < 1:
+        raise ConfigError(f"--workers is {args.workers}: it takes a number >= 1")
+    settings = Settings(args.size, args.format, args.quality, args.every)
+    progress, clock = Progress(every=5.0), Clock(1)
+    splits = read_source(args, words, progress)
+
+    def show(done, total):
+        clock.total = total
+        clock.advance(done)
+        progress.show(f"{done}/{total} clips, {clock.left} left", done == total)
+
+    made = prepare_lib.prepare(splits, args.folder, settings, shard, args.workers, show)
+    progress.close()
+    for path, reason in made.unreadable.items():
+        print(f"{path}: {reason}")
+    for path in made.missing[:20]:
+        print(f"{path}: it is missing")
+    print(
+        f"{args.folder}: {made.frames} frames of this share, {made.bytes / 1e6:.1f} MB, "
+        f"{len(made.unreadable)} clips unreadable, {len(made.missing)} missing"
+    )
+    if made.lacking:
+        print(f"{made.lacking} of {made.files} files lack yet: no lists are written")
+        return 0
+    for name, (path, count) in made.lists.items():
+        print(f"{path}: {count} of {len(splits[name]) + len(splits[name].missing)} clips")
+    listed = sum(count for _, count in made.lists.values())
+    return int(listed < sum(len(clips) + len(clips.missing) for clips in splits.values()))
+
+
+def read_source(args, words: list[str], progress: Progress) -> dict:
+    """The splits that SRC of `data prepare` means."""
+    from stretchysnake_jax.data import datasets
+
+    data = DataConfig(
+        dataset=args.dataset,
+        root=args.source if args.dataset else args.videos,
+        annotations=args.annotations,
+        fold=args.fold,
+        allow_absolute=args.allow_absolute,
+    )
+    if re.search(r"\.py(:.*)?$", args.source):
+        from stretchysnake_jax.cli import parse_config
+
+        config, words = parse_config(["--config", args.source, *words])
+        data = config.data
+    elif not args.dataset:
+        lists = [args.source]
+        if os.path.isdir(args.source):
+            names = [f"{name}{end}" for name in datasets.SPLITS for end in (".txt", ".csv")]
+            lists = [os.path.join(args.source, name) for name in names]
+            lists = [path for path in lists if os.path.isfile(path)]
+        if lists and not words:
+            return read_lists(lists, data)[0]
+        data = dataclasses.replace(data, dataset="folders", root=args.source)
+    if words:
+        raise ConfigError(f"data prepare takes no {' '.join(words)!r}: see --help")
+    return read_splits(data, progress)[0]
+
+
+def measure(args) -> int:
+    """Runs `stretchysnake data measure`."""
+    from stretchysnake_jax.data import prepare as prepare_lib
+    from stretchysnake_jax.data.decode import UnreadableVideo
+
+    try:
+        rows = prepare_lib.measure(os.path.abspath(args.video))
+    except UnreadableVideo as error:
+        raise ConfigError(str(error)) from error
+    sides = list(rows[0].milliseconds)
+    columns = "".join(f"{f'{side}x{side}':>12}{'faster':>9}" for side in sides)
+    print(f"{'':<16}{'MB':>8}{'of it':>8}{'error':>8}{columns}")
+    for row in rows:
+        line = f"{row.name:<16}{row.bytes / 1e6:>8.2f}{row.bytes / rows[0].bytes:>8.2f}"
+        line += f"{row.error:>8.2f}"
+        for side in sides:
+            took = row.milliseconds[side]
+            line += f"{took:>9.1f} ms{rows[0].milliseconds[side] / took:>8.1f}x"
+        print(line)
+    return 0

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from stretchysnake_jax.buckets import Bucket, Schedule
+from stretchysnake_jax.buckets import Bucket, Schedule, sample_offsets
 from stretchysnake_jax.config import ConfigError, DataConfig, resolve
 from stretchysnake_jax.data import augment, decode, sampling, source, transforms
+from stretchysnake_jax.data.index import open_counts
 from stretchysnake_jax.data.lists import ClipList
 
 _STREAMS = {"geometry": 0, "frames": 1, "colour": 2, "erase": 3}  # the random streams of a sample
@@ -25,27 +26,28 @@ _STREAMS = {"geometry": 0, "frames": 1, "colour": 2, "erase": 3}  # the random s
 class Plan:
     """Which clips every training step takes: a random-access source, element i = global step i.
 
-    Epochs are permutations of the list; steps cut the row of all epochs into equal pieces, so a
-    batch may hold the end of one epoch and the start of the next.
+    Epochs are permutations of the list; steps cut the row of all epochs into pieces, so a batch may
+    hold the end of one epoch and the start of the next.
 
     Args:
       clips: length of the list.
       which: index of the bucket of every step, int (steps,).
-      batch_size: clips per step, all hosts together.
+      batch_sizes: samples of a step of every bucket, all hosts together.
       seed: of the permutations.
       shard_index, shard_count: this host and the number of hosts.
       repeats: how often a clip comes, one after the other.
     """
 
-    def __init__(self, clips, which, batch_size, seed, shard_index=0, shard_count=1, repeats=1):
-        self.clips, self.which, self.batch_size, self.seed = clips, which, batch_size, seed
+    def __init__(self, clips, which, batch_sizes, seed, shard_index=0, shard_count=1, repeats=1):
+        self.clips, self.which, self.seed = clips, which, seed
+        self.offsets = sample_offsets(which, batch_sizes)
         self.shard_index, self.shard_count, self.repeats = shard_index, shard_count, repeats
 
     def __len__(self):
         return len(self.which)
 
     def __getitem__(self, step):
-        rows = _rows(step, self.batch_size, self.shard_index, self.shard_count)
+        rows = _rows(*self.offsets[step : step + 2], self.shard_index, self.shard_count)
         ids = [self._clip(*divmod(int(row) // self.repeats, self.clips)) for row in rows]
         return step, int(self.which[step]), np.array(ids, np.int32), rows
 
@@ -69,15 +71,16 @@ class ListPlan:
         return -(-self.clips * self.views // self.batch_size)
 
     def __getitem__(self, step):
-        rows = _rows(step, self.batch_size, self.shard_index, self.shard_count)
+        first = step * self.batch_size
+        rows = _rows(first, first + self.batch_size, self.shard_index, self.shard_count)
         ids = rows // self.views
         return step, 0, np.where(ids < self.clips, ids, -1).astype(np.int32), rows
 
 
-def _rows(step, batch_size, shard_index, shard_count):
-    """Numbers of a host's samples in the row of all samples of the run, int64."""
-    share = batch_size // shard_count
-    return step * batch_size + shard_index * share + np.arange(share)
+def _rows(first, end, shard_index, shard_count):
+    """A host's part of the batch [first, end) of the row of all samples of the run, int64."""
+    share = (end - first) // shard_count
+    return first + shard_index * share + np.arange(share)
 
 
 @dataclasses.dataclass
@@ -174,8 +177,9 @@ class LoadBatch:
         return sampling.choose(config.sampling, n, bucket.frames, stride=config.stride, **which)
 
     def _read(self, clip, choose, transform):
-        window = self.clips.window(clip)
-        return source.read_clip(self.clips.paths[clip], choose, transform, window)[0]
+        window, index = self.clips.window(clip), self.clips.index
+        counts = open_counts(index) if index else None
+        return source.read_clip(self.clips.paths[clip], choose, transform, window, counts)[0]
 
 
 def sample_rng(seed: int, row: int, stream: int) -> np.random.Generator:
@@ -194,8 +198,8 @@ def sample_rng(seed: int, row: int, stream: int) -> np.random.Generator:
 class Batches(Iterator):
     """An iterator over batches that holds threads or processes until closed; a context manager."""
 
-    def __init__(self, dataset, workers: int):
-        self._iterator, self._workers = iter(dataset), workers
+    def __init__(self, dataset, workers: int, index: str = ""):
+        self._iterator, self._workers, self._index = iter(dataset), workers, index
 
     def __next__(self) -> dict:
         if self._iterator is None:
@@ -219,6 +223,8 @@ class Batches(Iterator):
             return
         self._iterator.close()
         self._iterator = None
+        if self._index:
+            open_counts(self._index).save()
         if self._workers:
             gc.collect()  # Grain's last batches hang in cycles, their shared memory with them
 
@@ -238,7 +244,7 @@ def train_batches(
     Args:
       config: batch size, sampling, transforms and loader.
       clips: the training list.
-      schedule: the bucket of every step.
+      schedule: the bucket of every step; its batch sizes, if it has some, go before the config's.
       seed: of order, frames, crops and flips; >= 0.
       start_step: the first step wanted.
       shard_index, shard_count: this host and the number of hosts; every host gets its rows of the
@@ -248,21 +254,24 @@ def train_batches(
       An iterator of dicts, to be closed:
         step: int, counted from 0.
         bucket: int, index into `schedule.buckets`.
-        video: uint8 (b, frames, height, width, 3), RGB; b = batch_size / shard_count.
+        video: uint8 (b, frames, height, width, 3), RGB; b is this host's part of the batch.
         label: int32 (b,).
         mask: float32 (b,), 0 where the clip was unreadable and the video is zeros.
         clip: int32 (b,), index into the list.
         unreadable: list of (path, reason).
 
     Raises:
-      ConfigError: the batch can't be divided among the hosts.
+      ConfigError: a batch can't be divided among the hosts.
     """
     config = resolve(config)
-    _check_shards("data.batch_size", config.batch_size, shard_count)
+    sizes = schedule.batch_sizes or (config.batch_size,) * len(schedule.buckets)
+    for size in sizes:
+        name = "a batch by data.tokens_per_batch" if config.tokens_per_batch else "data.batch_size"
+        _check_shards(name, size, shard_count)
     if not 0 <= start_step <= len(schedule.which):
         raise ValueError(f"start_step {start_step} is outside 0..{len(schedule.which)}")
     shard = shard_index, shard_count
-    plan = Plan(len(clips), schedule.which, config.batch_size, seed, *shard, config.repeats)
+    plan = Plan(len(clips), schedule.which, sizes, seed, *shard, config.repeats)
     return _load(config, plan, LoadBatch(config, clips, schedule.buckets, seed), start_step)
 
 
@@ -309,18 +318,57 @@ def _check_shards(name, batch_size, shard_count):
 def _load(config, plan, load, start):
     # Whole batches are the elements: Grain deals elements out to workers, so nothing smaller would
     # give the same stream for any number of them. It would buffer 500 by default.
-    options = grain.ReadOptions(config.threads, max(config.threads, config.prefetch))
+    options = grain.ReadOptions(config.threads, _buffered(config))
     dataset = grain.MapDataset.source(plan)[start:].map(load).to_iter_dataset(options)
     if config.workers:
         from absl import flags
 
         if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, outside absl.app too
             flags.FLAGS.mark_as_parsed()
-        ahead = max(1, config.prefetch // config.workers)
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(config.workers, ahead), worker_init_fn=_start_worker
-        )
-    return Batches(dataset, config.workers)
+        options = grain.MultiprocessingOptions(config.workers, _ahead(config))
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
+    return Batches(dataset, config.workers, load.clips.index)
+
+
+def _buffered(config) -> int:
+    """Batches that a process has ready or in work."""
+    return max(config.threads, config.prefetch)
+
+
+def _ahead(config) -> int:
+    """Batches of each worker that wait for the main process."""
+    return max(1, config.prefetch // config.workers)
+
+
+def memory_bound(
+    config: DataConfig, buckets, batch_sizes, shard_count: int = 1, pixels: int = 1920 * 1080
+) -> int:
+    """An upper bound of what the loader holds on a host, bytes.
+
+    batches x the largest batch + threads x (2 x a sample of it x data.repeats + 64 bytes a pixel of
+    the video): a batch is batch size / hosts x frames x height x width x 3 bytes; batches =
+    max(data.threads, data.prefetch) + 2 in use without workers, and workers x (that +
+    max(1, data.prefetch // workers)) + 2 with them, and so do the threads multiply. 64 bytes a
+    pixel are 17 frames of the decoder's, and one as bytes and as floats.
+
+    The interpreter and its libraries come on top, some 0.2 GiB per process, and the index with
+    some 200 bytes per video that has an entry.
+
+    Args:
+      config: the loader.
+      buckets: the scales.
+      batch_sizes: samples of a step of every bucket, all hosts together.
+      shard_count: number of hosts.
+      pixels: of a frame of the largest video.
+    """
+    config = resolve(config)
+    samples = [b.frames * b.height * b.width * 3 for b in buckets]
+    batch = max(n * size for n, size in zip(samples, batch_sizes, strict=True)) // shard_count
+    batches, processes = _buffered(config), max(1, config.workers)
+    if config.workers:
+        batches = config.workers * (batches + _ahead(config))
+    thread = 2 * max(samples) * config.repeats + 64 * pixels
+    return (batches + 2) * batch + processes * config.threads * thread
 
 
 def _start_worker(*_):

@@ -120,7 +120,7 @@ def _read_video(address, data: bytes, choose, transform) -> tuple[np.ndarray, in
 
 
 def _parse_clip(address: str, data: bytes) -> dict:
-    """The description of a clip of our own, as `prepare` documents it."""
+    """The description of a clip of our own, as `record_writer` documents it."""
     clip = _parse(json.loads, address, data[len(CLIP) :])
     if clip["version"] > VERSION:
         reason = f"it is prepared in form {clip['version']}, this version reads up to {VERSION}"
@@ -156,7 +156,7 @@ def frame_rate(address: str) -> float | None:
 
 
 def read_contents(file) -> list[dict]:
-    """What the last record of one of our own files says about its clips, see `prepare`.
+    """What the last record of one of our own files says about its clips, see `record_writer`.
 
     Raises:
       ValueError: the file is another or not whole.
@@ -164,7 +164,8 @@ def read_contents(file) -> list[dict]:
     try:
         # Not the reader that is kept: the file may have been made anew.
         reader = _open.__wrapped__(os.fspath(file))
-        data = reader.read([reader.num_records() - 1])[0]
+        # A file that was cut off counts no record.
+        data = reader.read([max(0, reader.num_records() - 1)])[0]
     except (RuntimeError, IndexError) as error:
         raise ValueError(f"{file} is no whole ArrayRecord file") from error
     if not data.startswith(CONTENTS):

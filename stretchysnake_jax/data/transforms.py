@@ -113,12 +113,7 @@ def resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     high, wide = frame.shape[:2]
     if high > height or wide > width:
         size = (min(wide, width), min(high, height))
-        if high % size[1] or wide % size[0]:
-            # The same numbers in less time: OpenCV averages bytes by parts of pixels one by one.
-            frame = cv2.resize(frame.astype(np.float32), size, interpolation=cv2.INTER_AREA)
-            frame = cv2.convertScaleAbs(frame)
-        else:
-            frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+        frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
     if high < height or wide < width:
         frame = cv2.resize(frame, (width, height), interpolation=cv2.INTER_LINEAR)
     return frame
