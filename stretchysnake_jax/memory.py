@@ -53,8 +53,8 @@ def measure(config: Config, device: str | None = None, implementation: str | Non
       implementation: of the selective scan; None: the one that runs by default.
 
     Yields:
-      (bucket, Memory). Buckets that share a trunk and a batch size, such as those of one frame count
-      under static_tokens, are compiled once.
+      (bucket, Memory). Buckets that share a trunk and a batch size are compiled once, such as those
+      of one frame count under static_tokens.
 
     Raises:
       ValueError: no such device.
