@@ -10,6 +10,7 @@ driver: pip install 'stretchysnake-jax[aot]'. Import this module before JAX look
 set JAX_PLATFORMS=cpu, and JAX does not complain about the missing libraries.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -19,6 +20,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import struct
 import tempfile
 import zlib
@@ -154,6 +156,25 @@ def target_device(target: str):
         return describe().devices[0]
 
 
+@functools.cache
+def _cuda_options() -> dict[str, str]:
+    """Compiler options that give XLA Triton's assembler and library where no CUDA is installed."""
+    if shutil.which("ptxas"):
+        return {}
+    (triton,) = importlib.util.find_spec("triton").submodule_search_locations
+    source = pathlib.Path(triton, "backends", "nvidia")
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="stretchysnake-cuda-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    # The one named after Blackwell is newer and takes all targets; XLA knows one name only.
+    names = ("ptxas-blackwell", "ptxas")
+    assembler = next(path for name in names if (path := source / "bin" / name).exists())
+    library = source / "lib" / "libdevice.10.bc"
+    for link, path in (("bin/ptxas", assembler), ("nvvm/libdevice/libdevice.10.bc", library)):
+        (folder / link).parent.mkdir(parents=True)
+        (folder / link).symlink_to(path)
+    return {"xla_gpu_cuda_data_dir": str(folder)}
+
+
 def capability_of(target: str) -> str:
     """Returns the compute capability of a target."""
     names = {name: capability for capability, name in TARGETS.items()}
@@ -196,7 +217,7 @@ def compile_for(
     lowered = _lower(function, args, target)
     with tempfile.TemporaryDirectory() as folder, _not_cached(), _mosaic_dump(folder):
         # "ptx" makes newer releases write the kernels too; a wider pattern takes seconds more.
-        dump = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
+        dump = _cuda_options() | {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
         compiled = lowered.compile(compiler_options=dict(compiler_options or {}) | dump)
         hlo, memory = compiled.as_text(), compiled.memory_analysis()
         ours = set(PALLAS_NAME.findall(hlo))
