@@ -221,6 +221,7 @@ COMPILE = """if True:
 
 
 @pytest.mark.skipif(aot.missing_packages() is not None, reason=str(aot.missing_packages()))
+@pytest.mark.skipif(not aot.TOOLKIT, reason="needs a CUDA toolkit: no ptxas on the path")
 @pytest.mark.parametrize(
     ("target", "states", "dtype", "length", "registers", "instructions"),
     [

@@ -46,6 +46,8 @@ TARGETS = {
     "12.0": "rtx_pro_6000",
 }
 INSTALL = "pip install 'stretchysnake-jax[aot]'"
+# Without a CUDA toolkit, Triton's assembler serves XLA and Triton, but Mosaic GPU wants more of it.
+TOOLKIT = shutil.which("ptxas") is not None
 LAUNCH = re.compile(
     r"\] (\S+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+), (\d+), (\d+)\]\s+"
     r"shared_memory: (\d+)"
@@ -159,7 +161,7 @@ def target_device(target: str):
 @functools.cache
 def _cuda_options() -> dict[str, str]:
     """Compiler options that give XLA Triton's assembler and library where no CUDA is installed."""
-    if shutil.which("ptxas"):
+    if TOOLKIT:
         return {}
     (triton,) = importlib.util.find_spec("triton").submodule_search_locations
     source = pathlib.Path(triton, "backends", "nvidia")
@@ -172,6 +174,8 @@ def _cuda_options() -> dict[str, str]:
     for link, path in (("bin/ptxas", assembler), ("nvvm/libdevice/libdevice.10.bc", library)):
         (folder / link).parent.mkdir(parents=True)
         (folder / link).symlink_to(path)
+    # JAX's own lowering of Triton calls looks on the path.
+    os.environ["PATH"] = os.pathsep.join([str(folder / "bin"), os.environ.get("PATH", "")])
     return {"xla_gpu_cuda_data_dir": str(folder)}
 
 

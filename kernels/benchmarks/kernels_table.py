@@ -97,6 +97,9 @@ def find_rows(part: str, implementation: str, target: str, quick: bool) -> list[
 def plan(implementations: Sequence[str], targets: Sequence[str], say):
     """Returns the parts to do, (table, implementation, target), and says what cannot be."""
     parts = []
+    if "mosaic_gpu" in implementations and not aot.TOOLKIT:
+        say("mosaic_gpu: compiling it needs a CUDA toolkit, there is no ptxas on the path")
+        implementations = [name for name in implementations if name != "mosaic_gpu"]
     for implementation in implementations:
         for target in targets:
             try:
