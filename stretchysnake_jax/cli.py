@@ -10,7 +10,8 @@ import re
 import sys
 from importlib.util import find_spec
 
-from stretchysnake_jax.config import Config, ConfigError, field_names, nearest, resolve, validate
+from stretchysnake_jax.config import Config, ConfigError, field_names, nearest, resolve
+from stretchysnake_jax.validation import validate
 
 # name -> (module, what it does)
 COMMANDS = {

@@ -105,6 +105,17 @@ class Progress:
             self._stream.write(text + "\n")
         self._stream.flush()
 
+    def counter(self, what: str):
+        """A function (done, total) that shows how many of `what` are done, and the time left."""
+        clock = Clock(1)
+
+        def show(done: int, total: int) -> None:
+            clock.total = total
+            clock.advance(done)
+            self.show(f"{what} {done}/{total}, {clock.left} left", done == total)
+
+        return show
+
     def close(self) -> None:
         """Ends the line."""
         if self._terminal and self._width:

@@ -1,4 +1,4 @@
-"""The configuration as nested dataclasses, and `validate()`, which says what is wrong with one.
+"""The configuration as nested dataclasses; `validation.validate` says what is wrong with one.
 
 Nothing heavy is imported here: files under configs/ and loader workers import this module alone.
 """
@@ -11,6 +11,7 @@ import re
 
 from stretchysnake_jax.whole_file import whole_file
 
+SPLITS = ("train", "val", "test")
 VARIANTS = ("vanilla", "temporal", "spatial", "flexivit", "flex_all", "static_tokens")
 METHODS = ("paper", "pi", "area", "bilinear", "nearest", "lanczos3", "none")
 SAMPLINGS = ("sparse", "uniform", "dense", "ssv2")
@@ -262,93 +263,16 @@ def preset(name: str, **changes) -> ModelConfig:
     return ModelConfig(**{**PRESETS[name], **changes})
 
 
-def _choice(field: str, value: str, known: tuple[str, ...]) -> None:
+def check_choice(field: str, value: str, known: tuple[str, ...]) -> None:
+    """Raises ConfigError if `value` is none of `known`."""
     if value not in known:
         raise ConfigError(f"{field} is {value!r}: {nearest(value, known)}")
 
 
-def _require(ok: bool, field: str, value, takes: str) -> None:
+def require(ok: bool, field: str, value, takes: str) -> None:
+    """Raises ConfigError: what `field` is, and what it takes, unless `ok`."""
     if not ok:
         raise ConfigError(f"{field} is {value!r}: it takes {takes}")
-
-
-def _pair(field: str, value) -> None:
-    ok = isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, int) for v in value)
-    _require(ok and min(value) >= 1, field, value, "two whole numbers >= 1, (height, width)")
-
-
-def validate_model(model: ModelConfig) -> None:
-    """Raises ConfigError if no encoder can be built from `model`."""
-    for name in ("dim", "depth", "state", "expand", "conv_width", "tubelet", "num_classes"):
-        _require(getattr(model, name) >= 1, f"model.{name}", getattr(model, name), "a number >= 1")
-    _pair("model.patch", model.patch)
-    _pair("model.size", model.size)
-    for axis, size, patch in zip(("height", "width"), model.size, model.patch, strict=True):
-        _require(
-            size % patch == 0,
-            "model.size",
-            model.size,
-            f"a {axis} that is a multiple of the patch, {patch}; the nearest is "
-            f"{max(patch, round(size / patch) * patch)}",
-        )
-    if model.frames is not None:
-        ok = model.frames >= model.tubelet and model.frames % model.tubelet == 0
-        _require(ok, "model.frames", model.frames, f"a multiple of model.tubelet, {model.tubelet}")
-    _choice("model.pooling", model.pooling, ("cls", "mean"))
-    _choice("model.dt_init", model.dt_init, ("videomamba", "mamba"))
-    _choice("model.normalise", model.normalise, ("imagenet", "clip"))
-    _require(0 <= model.drop_path < 1, "model.drop_path", model.drop_path, "a rate from 0 up to 1")
-
-
-def validate(config: Config) -> None:
-    """Raises ConfigError, naming the field, if `config` can't be run."""
-    validate_model(config.model)
-    model, stretch, data, optim, train = (
-        config.model,
-        config.stretch,
-        config.data,
-        config.optim,
-        config.train,
-    )
-    _choice("stretch.variant", stretch.variant, VARIANTS)
-    for name in ("kernel_method", "spatial_method", "temporal_method"):
-        _choice(f"stretch.{name}", getattr(stretch, name), METHODS)
-    for name in ("frames", "sizes", "patches"):
-        value = getattr(stretch, name)
-        ok = isinstance(value, tuple) and all(isinstance(v, int) and v >= 1 for v in value)
-        _require(ok, f"stretch.{name}", value, "a tuple of whole numbers >= 1")
-    _require(len(stretch.frames) > 0, "stretch.frames", stretch.frames, "at least one frame count")
-    for frames in stretch.frames:
-        ok = frames % model.tubelet == 0
-        _require(ok, "stretch.frames", frames, f"multiples of model.tubelet, {model.tubelet}")
-    _require(0 <= stretch.short_first <= 1, "stretch.short_first", stretch.short_first, "0 to 1")
-    _require(model.frames is not None, "model.frames", None, "a frame count: training needs video")
-    _validate_augmentation(resolve(data))
-    for name in ("batch_size", "threads", "prefetch"):
-        _require(getattr(data, name) >= 1, f"data.{name}", getattr(data, name), "a number >= 1")
-    for name in ("tokens_per_batch", "batch_multiple"):
-        _require(getattr(data, name) >= 0, f"data.{name}", getattr(data, name), "a number >= 0")
-    _require(data.workers >= 0, "data.workers", data.workers, "a number >= 0")
-    _require(0 <= data.max_unreadable <= 1, "data.max_unreadable", data.max_unreadable, "0 to 1")
-    ok = bool(data.train) or bool(data.dataset) or bool(data.stick_actions.path)
-    takes = "the path of a list file, 'path label' per line (or name a data.dataset)"
-    _require(ok, "data.train", data.train, takes)
-    ok = bool(data.root) or not data.dataset
-    _require(ok, "data.root", data.root, f"the folder of the videos of {data.dataset}")
-    _require(data.fold >= 1, "data.fold", data.fold, "a number >= 1")
-    _require(optim.learning_rate > 0, "optim.learning_rate", optim.learning_rate, "a number > 0")
-    _require(0 <= optim.warmup < 1, "optim.warmup", optim.warmup, "a share of the steps, 0 to 1")
-    ok = 0 <= optim.label_smoothing < 1
-    _require(ok, "optim.label_smoothing", optim.label_smoothing, "from 0 up to 1")
-    lengths = (train.steps, train.epochs)
-    ok = min(lengths) == 0 and max(lengths) > 0
-    _require(ok, "(train.steps, train.epochs)", lengths, "one number > 0 and one 0")
-    _require(optim.clip_norm >= 0, "optim.clip_norm", optim.clip_norm, "a norm > 0, or 0 for off")
-    _require(train.seed >= 0, "train.seed", train.seed, "a whole number >= 0")
-    _require(train.eval_every >= 0, "train.eval_every", train.eval_every, "a number >= 0")
-    _choice("train.dtype", train.dtype, ("float32", "bfloat16"))
-    for name in ("log_every", "checkpoint_every", "keep"):
-        _require(getattr(train, name) >= 1, f"train.{name}", getattr(train, name), "a number >= 1")
 
 
 def resolve(data: DataConfig) -> DataConfig:
@@ -357,7 +281,7 @@ def resolve(data: DataConfig) -> DataConfig:
     Raises:
       ConfigError: an unknown recipe.
     """
-    _choice("data.recipe", data.recipe, tuple(RECIPES))
+    check_choice("data.recipe", data.recipe, tuple(RECIPES))
     recipe = RECIPES[data.recipe].items()
     return dataclasses.replace(data, **{k: v for k, v in recipe if getattr(data, k) is None})
 
@@ -373,43 +297,13 @@ def parse_rand_augment(text: str) -> tuple[float, int, float]:
     """
     number = r"(\d+(?:\.\d+)?)"
     match = re.fullmatch(rf"rand-m{number}-n(\d+)(?:-mstd{number})?-inc1", text)
-    _require(
+    require(
         match is not None and float(match[1]) <= 10,
         "data.rand_augment",
         text,
         '"" or rand-m<magnitude 0-10>-n<operations>-mstd<deviation>-inc1',
     )
     return float(match[1]), int(match[2]), float(match[3] or 0)
-
-
-def _validate_augmentation(data: DataConfig) -> None:
-    """Sampling, augmentation and test views; `data` is resolved."""
-    _choice("data.sampling", data.sampling, SAMPLINGS)
-    _choice("data.resize", data.resize, RESIZES)
-    for name in ("stride", "repeats", "test_clips", "test_crops"):
-        _require(getattr(data, name) >= 1, f"data.{name}", getattr(data, name), "a number >= 1")
-    for name in ("crop_scale", "crop_area"):
-        value = getattr(data, name)
-        _require(0 < value <= 1, f"data.{name}", value, "above 0, up to 1")
-    for name in ("flip", "erase"):
-        value = getattr(data, name)
-        _require(0 <= value <= 1, f"data.{name}", value, "a chance from 0 to 1")
-    for name in ("mixup", "cutmix"):
-        value = getattr(data, name)
-        _require(value >= 0, f"data.{name}", value, "the alpha of a Beta, > 0, or 0 for off")
-    if data.rand_augment:
-        parse_rand_augment(data.rand_augment)
-    jitter = data.colour_jitter
-    ok = isinstance(jitter, tuple) and len(jitter) in (0, 4) and all(j >= 0 for j in jitter)
-    ok = ok and (not jitter or jitter[3] <= 0.5)
-    takes = "() or (brightness, contrast, saturation, hue), each >= 0, hue up to 0.5"
-    _require(ok, "data.colour_jitter", jitter, takes)
-    ok = data.batch_size % data.repeats == 0
-    _require(ok, "data.batch_size", data.batch_size, f"a multiple of data.repeats, {data.repeats}")
-    ok = data.test_clips == 1 or data.sampling != "uniform"
-    _require(ok, "data.test_clips", data.test_clips, "1 with data.sampling = 'uniform'")
-    ok = data.test_crops == 1 or data.resize != "squash"
-    _require(ok, "data.test_crops", data.test_crops, "1 with data.resize = 'squash'")
 
 
 def field_names(config, prefix: str = "") -> list[str]:

@@ -13,17 +13,11 @@ import zlib
 import numpy as np
 
 from stretchysnake_jax import torch_file
-from stretchysnake_jax.config import (
-    PRESETS,
-    ConfigError,
-    ModelConfig,
-    from_dict,
-    to_dict,
-    validate_model,
-)
+from stretchysnake_jax.config import PRESETS, ConfigError, ModelConfig, from_dict, to_dict
 from stretchysnake_jax.torch_file import CheckpointError, UnsafeCheckpoint
 from stretchysnake_jax.torch_layout import check, flatten, nest, param_shapes, to_state_dict
 from stretchysnake_jax.torch_state import Report, find_state, from_state_dict
+from stretchysnake_jax.validation import validate_model
 from stretchysnake_jax.whole_file import whole_file
 
 __all__ = [

@@ -8,6 +8,7 @@ from stretchysnake_jax import flops, models
 from stretchysnake_jax.buckets import training_buckets
 from stretchysnake_jax.config import ConfigError, StretchConfig
 from stretchysnake_jax.evaluate import parse_numbers
+from stretchysnake_jax.validation import validate
 
 
 def buckets_table(model, stretch) -> str:
@@ -35,7 +36,7 @@ def print_memory(config, device: str | None, implementations: str | None) -> Non
 
     from stretchysnake_jax.memory import memory_table
 
-    config_lib.validate(config)
+    validate(config)
     names = implementations.split(",") if implementations else [None]
     for name in names:
         if name is not None and name not in IMPLEMENTATIONS:

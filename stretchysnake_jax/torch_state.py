@@ -5,9 +5,10 @@ import dataclasses
 
 import numpy as np
 
-from stretchysnake_jax.config import ModelConfig, validate_model
+from stretchysnake_jax.config import ModelConfig
 from stretchysnake_jax.torch_file import CheckpointError
 from stretchysnake_jax.torch_layout import check, infer, inflate_kernel, key_shapes, to_params
+from stretchysnake_jax.validation import validate_model
 
 # Keys of published files that are no part of the encoder, and why.
 _IGNORED = {

@@ -28,6 +28,7 @@ from stretchysnake_jax.grid import evaluate_bucket
 from stretchysnake_jax.metrics import MetricsLog
 from stretchysnake_jax.optim import make_schedule as make_learning_rate
 from stretchysnake_jax.step import TrainStep, init_state, make_eval_step
+from stretchysnake_jax.validation import validate
 
 # Fields that may change when a run goes on: they change neither its numbers nor their order.
 FREE = ("data.threads", "data.workers", "data.prefetch", "train.log_every", "train.eval_every")
@@ -47,27 +48,22 @@ def prepare(config: Config, progress: Progress) -> tuple[Config, ClipList, ClipL
     Returns:
       (config with absolute paths, training clips, validation clips or None).
     """
-    config_lib.validate(config)
+    validate(config)
     decode.set_up_opencv()
     data = config_lib.resolve(config.data)
     stick = data.stick_actions
     if stick.path:
         make = {k: v for k, v in dataclasses.asdict(stick).items() if k != "path"}
-        clock = Clock(1)
-
-        def show(done, total):
-            clock.total = total
-            clock.advance(done)
-            progress.show(f"rendering {stick.path}: {done}/{total} clips, {clock.left} left")
-
         try:
-            stick_actions.make(stick.path, **make, progress=show)
+            stick_actions.make(
+                stick.path, **make, progress=progress.counter(f"rendering {stick.path}: clips")
+            )
         except ValueError as error:
             raise ConfigError(str(error)) from error
         progress.close()
-        for split in ("train", "val", "test"):
+        for split in config_lib.SPLITS:
             setattr(data, split, str(pathlib.Path(stick.path) / f"{split}.txt"))
-    for name in ("train", "val", "test", "root", "annotations"):
+    for name in (*config_lib.SPLITS, "root", "annotations"):
         if getattr(data, name):
             setattr(data, name, str(pathlib.Path(getattr(data, name)).absolute()))
     config = dataclasses.replace(config, data=data)

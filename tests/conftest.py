@@ -1,6 +1,7 @@
 """Fixtures that several test files use."""
 
 import os
+import shutil
 import tempfile
 
 # Compiled functions are shared by all tests of a session and the processes that they start. Set
@@ -56,6 +57,20 @@ def video_folder(tmp_path_factory):
     lines = [f"{name} {label}\n" for label, name in enumerate(VIDEOS)]
     (folder / "clips.txt").write_text("".join(lines))
     return folder
+
+
+@pytest.fixture(scope="module")
+def clips(video_folder, tmp_path_factory):
+    """Six videos that can be read, and one that can't."""
+    from stretchysnake_jax.data import lists
+
+    folder = tmp_path_factory.mktemp("clips")
+    for name in VIDEOS:
+        shutil.copy(video_folder / name, folder)
+    (folder / "broken.mp4").write_bytes(b"no video")
+    names = [*VIDEOS, "broken.mp4"]
+    (folder / "list.txt").write_text("".join(f"{n},{i}\n" for i, n in enumerate(names)))
+    return lists.read_list(folder / "list.txt")
 
 
 TINY_CONFIG = '''"""A run of seconds."""

@@ -4,11 +4,10 @@ import dataclasses
 import itertools
 import os
 import pathlib
-import shutil
 
 import numpy as np
 import pytest
-from conftest import VIDEOS, write_grey_video
+from conftest import write_grey_video
 
 from stretchysnake_jax import buckets as bucket_lib
 from stretchysnake_jax.buckets import Bucket, Schedule
@@ -19,9 +18,9 @@ from stretchysnake_jax.config import (
     ModelConfig,
     StretchConfig,
     TrainConfig,
-    validate,
 )
 from stretchysnake_jax.data import lists, pipeline
+from stretchysnake_jax.validation import validate
 
 MODEL = ModelConfig(patch=(8, 8), size=(16, 16), frames=4)
 STRETCH = StretchConfig(variant="static_tokens", frames=(2, 4, 8), sizes=(16, 24, 32))
@@ -36,18 +35,6 @@ def budget(tokens=140, multiple=4, **data):
         data=DataConfig(tokens_per_batch=tokens, batch_multiple=multiple, **data),
         train=TrainConfig(steps=8, seed=3),
     )
-
-
-@pytest.fixture(scope="module")
-def clips(video_folder, tmp_path_factory):
-    """Six videos that can be read, and one that can't."""
-    folder = tmp_path_factory.mktemp("clips")
-    for name in VIDEOS:
-        shutil.copy(video_folder / name, folder)
-    (folder / "broken.mp4").write_bytes(b"no video")
-    names = [*VIDEOS, "broken.mp4"]
-    (folder / "list.txt").write_text("".join(f"{n},{i}\n" for i, n in enumerate(names)))
-    return lists.read_list(folder / "list.txt")
 
 
 def stream(config, clips, start=0, host=0, hosts=1, **data):

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from stretchysnake_jax import cli
+from stretchysnake_jax import cli, validation
 from stretchysnake_jax import config as config_lib
 from stretchysnake_jax.buckets import training_buckets
 from stretchysnake_jax.config import VARIANTS, Config, ConfigError, DataConfig, TrainConfig
@@ -63,7 +63,7 @@ def test_json_round_trip(tmp_path):
 )
 def test_what_cannot_run_is_refused_by_name(field, value, words):
     config = valid()
-    config_lib.validate(config)
+    validation.validate(config)
     part, name = field.split(".")
     if name == "batch_size":
         config.data.repeats = 2
@@ -71,7 +71,7 @@ def test_what_cannot_run_is_refused_by_name(field, value, words):
         config.data.recipe = "plain"
     setattr(getattr(config, part), name, value)
     with pytest.raises(ConfigError) as error:
-        config_lib.validate(config)
+        validation.validate(config)
     assert field.split(".")[1] in str(error.value) and words in str(error.value)
 
 

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from stretchysnake_jax.config import ConfigError, DataConfig
+from stretchysnake_jax.config import SPLITS, ConfigError, DataConfig
 from stretchysnake_jax.data import datasets
 from stretchysnake_jax.data.datasets import tree
 from stretchysnake_jax.data.lists import ListError
@@ -317,7 +317,7 @@ def test_weizmann(make):
     files.remove("v/run/lena_run.avi")
     folder = make([*files, "v/run/lena_run1.avi", "v/run/lena_run2.avi"])
     (folder / "v/bend/shahar_bend.avi").unlink()
-    found = {split: read("weizmann", folder, split) for split in datasets.SPLITS}
+    found = {split: read("weizmann", folder, split) for split in SPLITS}
     assert {split: len(clips) for split, clips in found.items()} == {
         "train": 61,
         "val": 10,
@@ -446,7 +446,7 @@ def test_published_sizes():
     assert datasets.DATASETS["folders"].size("val", 1) is None
     for name, dataset in datasets.DATASETS.items():
         assert dataset.read.__doc__, name
-        assert set(dataset.sizes) <= set(datasets.SPLITS)
+        assert set(dataset.sizes) <= set(SPLITS)
 
 
 def test_load_clips(ucf, tmp_path):

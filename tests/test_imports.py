@@ -15,6 +15,7 @@ COMMANDS = {"train", "evaluate", "predict", "inspect", "demo", "bench", "cli"}
 ALLOWED = {
     "whole_file": set(),
     "config": {"whole_file"},
+    "validation": {"config"},
     "buckets": {"config"},
     "interpolation": set(),
     "models": {"config", "models", "interpolation"},

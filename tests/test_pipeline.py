@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import time
 
 import cv2
@@ -17,18 +16,6 @@ from stretchysnake_jax.data import lists, pipeline, sampling, transforms
 BUCKETS = (Bucket(4, 32, 32, (8, 8)), Bucket(8, 16, 24, (8, 8)))
 CONFIG = DataConfig(batch_size=4, threads=2, prefetch=2, crop_scale=0.6)
 STEPS = 10
-
-
-@pytest.fixture(scope="module")
-def clips(video_folder, tmp_path_factory):
-    """Six videos that can be read, and one that can't."""
-    folder = tmp_path_factory.mktemp("clips")
-    for name in VIDEOS:
-        shutil.copy(video_folder / name, folder)
-    (folder / "broken.mp4").write_bytes(b"no video")
-    names = [*VIDEOS, "broken.mp4"]
-    (folder / "list.txt").write_text("".join(f"{n},{i}\n" for i, n in enumerate(names)))
-    return lists.read_list(folder / "list.txt")
 
 
 @pytest.fixture(scope="module")

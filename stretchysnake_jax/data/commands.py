@@ -7,9 +7,8 @@ import os
 import pathlib
 import re
 
-from stretchysnake_jax.clock import Clock, Progress
-from stretchysnake_jax.config import ConfigError, DataConfig, StickActionsConfig
-from stretchysnake_jax.data import show as show_lib
+from stretchysnake_jax.clock import Progress
+from stretchysnake_jax.config import SPLITS, ConfigError, DataConfig, StickActionsConfig
 
 
 def main(argv: list[str]) -> int:
@@ -45,7 +44,7 @@ def main(argv: list[str]) -> int:
     baselines.add_argument("path", help="a folder with train.txt, val.txt and test.txt")
     baselines.add_argument("--test-list", help="test on another list file")
     add_check(commands)
-    show_lib.add_parser(commands)
+    add_show(commands)
     add_prepare(commands)
     config = None
     if argv[:1] in (["check"], ["show"]) and any(word.split("=")[0] == "--config" for word in argv):
@@ -62,7 +61,9 @@ def main(argv: list[str]) -> int:
     if args.command == "check":
         return check(args, config)
     if args.command == "show":
-        return show_lib.run(args, config)
+        from stretchysnake_jax.data import show
+
+        return show.run(args, config)
     if args.command == "baselines":
         from stretchysnake_jax.data import baselines as baselines_lib
 
@@ -73,15 +74,11 @@ def main(argv: list[str]) -> int:
     from stretchysnake_jax.data import stick_actions
 
     settings = {k: v for k, v in vars(args).items() if k not in ("command", "path")}
-    progress, clock = Progress(every=5.0), Clock(1)
-
-    def show(done, total):
-        clock.total = total
-        clock.advance(done)
-        progress.show(f"rendered {done}/{total} clips, {clock.left} left", done == total)
-
+    progress = Progress(every=5.0)
     try:
-        made = stick_actions.make(args.path, **settings, progress=show)
+        made = stick_actions.make(
+            args.path, **settings, progress=progress.counter("rendered clips")
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
     progress.close()
@@ -90,6 +87,14 @@ def main(argv: list[str]) -> int:
         f"{args.path}: {counts} clips of {len(stick_actions.CLASSES)} classes, 'path label' lists"
     )
     return 0
+
+
+def add_place(parser) -> None:
+    """Adds the words that say how a data set is split and what its lists may name."""
+    parser.add_argument("--fold", type=int, default=1, help="way to split the data set (default 1)")
+    parser.add_argument(
+        "--allow-absolute", action="store_true", help="list entries may lead out of the root"
+    )
 
 
 def add_check(commands) -> None:
@@ -107,10 +112,7 @@ def add_check(commands) -> None:
     parser.add_argument("--dataset", help="a data set by name, such as ucf101")
     parser.add_argument("--videos", default="", metavar="DIR", help="root of the videos")
     parser.add_argument("--annotations", default="", metavar="DIR", help="default: that root")
-    parser.add_argument("--fold", type=int, default=1, help="way to split the data set (default 1)")
-    parser.add_argument(
-        "--allow-absolute", action="store_true", help="list entries may lead out of the root"
-    )
+    add_place(parser)
     parser.add_argument("--frames", type=int, default=1, help="shorter clips are reported")
     parser.add_argument("--full", action="store_true", help="decode whole files: finds all damage")
     parser.add_argument("--workers", type=int, help="threads (default: one per core)")
@@ -148,13 +150,7 @@ def check(args, config) -> int:
     else:
         splits, sources, published = read_splits(data, progress)
     for name, clips in splits.items():
-        clock = Clock(1)
-
-        def show(done, total, name=name, clock=clock):
-            clock.total = total
-            clock.advance(done)
-            progress.show(f"{name}: {done}/{total} files, {clock.left} left", done == total)
-
+        show = progress.counter(f"{name}: files")
         reports[name] = check_lib.check_clips(clips, args.frames, args.full, args.workers, show)
     progress.close()
     for name, report in reports.items():
@@ -206,11 +202,11 @@ def read_splits(data: DataConfig, progress: Progress) -> tuple[dict, list[str], 
 
     if data.stick_actions.path:
         folder = pathlib.Path(data.stick_actions.path)
-        lists = {name: str(folder / f"{name}.txt") for name in datasets.SPLITS}
+        lists = {name: str(folder / f"{name}.txt") for name in SPLITS}
         data = dataclasses.replace(data, dataset="", root="", **lists)
     dataset = datasets.find_dataset(data.dataset) if data.dataset else None
     splits, sources, published, classes = {}, [], {}, None
-    for name in datasets.SPLITS:
+    for name in SPLITS:
         path = getattr(data, name)
         if path:
             splits[name] = read_list(path, data.root, classes, data.allow_absolute)
@@ -229,6 +225,27 @@ def read_splits(data: DataConfig, progress: Progress) -> tuple[dict, list[str], 
     if not splits:
         raise ConfigError(f"{data.dataset} has no split that can be checked")
     return splits, sources, published
+
+
+def add_show(commands) -> None:
+    """Adds the words of `stretchysnake data show`."""
+    parser = commands.add_parser(
+        "show",
+        help="a contact sheet of what the model sees",
+        description="Draws clips of a split at several scales, as the loader gives them to the "
+        "model, as a PNG. Mixup and cutmix come later, on the device. The exit status is 1 if a "
+        "clip is unreadable.",
+    )
+    parser.add_argument("--config", metavar="FILE[:ARG]", help="such as configs/k400.py")
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("--clips", type=int, default=4, help="spread over the list (default 4)")
+    parser.add_argument(
+        "--buckets",
+        metavar="LIST",
+        help="FRAMESxSIZE or FRAMESxHEIGHTxWIDTH, such as 8x112,16x224x128 (default: the trained "
+        "ones with the fewest, a middling number of, and the most pixels)",
+    )
+    parser.add_argument("--out", default="sheet.png", help="the PNG (default sheet.png)")
 
 
 def add_prepare(commands) -> None:
@@ -257,11 +274,8 @@ def add_prepare(commands) -> None:
     parser.add_argument("folder", metavar="DST", help="a new folder, or one to go on with")
     parser.add_argument("--dataset", default="", help="SRC is this data set, such as ucf101")
     parser.add_argument("--annotations", default="", metavar="DIR", help="of it; default: SRC")
-    parser.add_argument("--fold", type=int, default=1, help="way to split the data set (default 1)")
     parser.add_argument("--videos", default="", metavar="DIR", help="root of the videos of lists")
-    parser.add_argument(
-        "--allow-absolute", action="store_true", help="list entries may lead out of the root"
-    )
+    add_place(parser)
     parser.add_argument(
         "--size", type=int, default=256, help="short side, never grown (default 256)"
     )
@@ -296,14 +310,9 @@ def prepare(args, words: list[str]) -> int:
     if args.workers is not None and args.workers < 1:
         raise ConfigError(f"--workers is {args.workers}: it takes a number >= 1")
     settings = Settings(args.size, args.format, args.quality, args.every)
-    progress, clock = Progress(every=5.0), Clock(1)
+    progress = Progress(every=5.0)
     splits = read_source(args, words, progress)
-
-    def show(done, total):
-        clock.total = total
-        clock.advance(done)
-        progress.show(f"{done}/{total} clips, {clock.left} left", done == total)
-
+    show = progress.counter("clips")
     made = prepare_lib.prepare(splits, args.folder, settings, shard, args.workers, show)
     progress.close()
     for path, reason in made.unreadable.items():
@@ -325,7 +334,6 @@ def prepare(args, words: list[str]) -> int:
 
 def read_source(args, words: list[str], progress: Progress) -> dict:
     """The splits that SRC of `data prepare` means."""
-    from stretchysnake_jax.data import datasets
 
     data = DataConfig(
         dataset=args.dataset,
@@ -342,7 +350,7 @@ def read_source(args, words: list[str], progress: Progress) -> dict:
     elif not args.dataset:
         lists = [args.source]
         if os.path.isdir(args.source):
-            names = [f"{name}{end}" for name in datasets.SPLITS for end in (".txt", ".csv")]
+            names = [f"{name}{end}" for name in SPLITS for end in (".txt", ".csv")]
             lists = [os.path.join(args.source, name) for name in names]
             lists = [path for path in lists if os.path.isfile(path)]
         if lists and not words:

@@ -1,6 +1,5 @@
 """The command `stretchysnake data show`: a contact sheet of clips as the model sees them."""
 
-import argparse
 import dataclasses
 import pathlib
 
@@ -21,28 +20,7 @@ _TITLE = 22  # height of a title, pixels
 _DPI = 100
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Adds the words of `stretchysnake data show`."""
-    parser = commands.add_parser(
-        "show",
-        help="a contact sheet of what the model sees",
-        description="Draws clips of a split at several scales, as the loader gives them to the "
-        "model, as a PNG. Mixup and cutmix come later, on the device. The exit status is 1 if a "
-        "clip is unreadable.",
-    )
-    parser.add_argument("--config", metavar="FILE[:ARG]", help="such as configs/k400.py")
-    parser.add_argument("--split", choices=datasets.SPLITS, default="train")
-    parser.add_argument("--clips", type=int, default=4, help="spread over the list (default 4)")
-    parser.add_argument(
-        "--buckets",
-        metavar="LIST",
-        help="FRAMESxSIZE or FRAMESxHEIGHTxWIDTH, such as 8x112,16x224x128 (default: the trained "
-        "ones with the fewest, a middling number of, and the most pixels)",
-    )
-    parser.add_argument("--out", default="sheet.png", help="the PNG (default sheet.png)")
-
-
-def run(args: argparse.Namespace, config: Config | None) -> int:
+def run(args, config: Config | None) -> int:
     """Runs `stretchysnake data show`; `config` is that of --config."""
     if config is None:
         raise ConfigError("--config is missing: it takes a config file, such as configs/k400.py")

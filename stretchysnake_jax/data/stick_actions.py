@@ -21,11 +21,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from stretchysnake_jax.config import SPLITS
+
 CLASSES = ("bend", "jack", "jump", "pjump", "run", "side", "skip", "walk", "wave1", "wave2")
 FPS = 25
 FRAMES = (36, 64)  # shortest and longest clip
 VERSION = 2  # raise it with every change that alters a pixel
-SPLITS = ("train", "val", "test")
 
 # Cycles per second, and travel in body heights per second. `bend` is one event, not a cycle.
 _FREQUENCY = dict(jump=1.3, pjump=1.6, run=1.5, side=1.7, skip=1.7, walk=0.95)  # others: 1.0

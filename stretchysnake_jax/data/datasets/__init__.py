@@ -18,8 +18,6 @@ from stretchysnake_jax.data.datasets import activities, folders, staged, web
 from stretchysnake_jax.data.datasets.tree import NoSplit
 from stretchysnake_jax.data.lists import ClipList, ListError, read_list
 
-SPLITS = ("train", "val", "test")
-
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
