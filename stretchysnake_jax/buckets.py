@@ -41,6 +41,11 @@ class Bucket:
     patch: tuple[int, int]
 
     @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of a clip as an array: (frames, height, width, 3)."""
+        return self.frames, self.height, self.width, 3
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches; pixels beyond the last whole patch are dropped."""
         return self.height // self.patch[0], self.width // self.patch[1]
@@ -184,6 +189,29 @@ def training_buckets(stretch: StretchConfig, model: ModelConfig) -> list[tuple[B
     return sorted(found.items())
 
 
+def find_teacher(stretch: StretchConfig, model: ModelConfig) -> Bucket | None:
+    """The scale that teaches the others under `stretch.distill`, or None if that is off.
+
+    It has the most pixels, hence the most frames and the largest size of all, and of the buckets
+    that have them the most tokens.
+
+    Raises:
+      ConfigError: there is no other scale.
+    """
+    if not stretch.distill:
+        return None
+    found = [bucket for bucket, _ in training_buckets(stretch, model)]
+    if len(found) == 1:
+        raise ConfigError(f"stretch.distill takes several scales, but there is only {found[0]}")
+    return max(found, key=lambda b: (b.frames * b.height * b.width, b.tokens(model.tubelet)))
+
+
+def _drawn(stretch: StretchConfig, model: ModelConfig) -> list[tuple[Bucket, float]]:
+    """The buckets that steps draw from, all but the teacher, with their relative chances."""
+    teacher = find_teacher(stretch, model)
+    return [pair for pair in training_buckets(stretch, model) if pair[0] != teacher]
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """The bucket of every step of a run.
@@ -192,11 +220,20 @@ class Schedule:
       buckets: the distinct buckets.
       which: int32 (steps,), the index of each step's bucket.
       batch_sizes: samples of a step of each bucket, all hosts together; (): data.batch_size.
+      teacher: the bucket that every step loads and learns beside its own, see `distill`, if any.
     """
 
     buckets: tuple[Bucket, ...]
     which: np.ndarray
     batch_sizes: tuple[int, ...] = ()
+    teacher: Bucket | None = None
+
+    @property
+    def loaded(self) -> "Schedule":
+        """The schedule for the loader: the teacher's scale, if there is one, at every step."""
+        if self.teacher is None:
+            return self
+        return dataclasses.replace(self, buckets=(self.teacher,) * len(self.buckets))
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
@@ -228,7 +265,7 @@ def make_batch_sizes(config: Config, buckets) -> tuple[int, ...]:
 
     With `data.tokens_per_batch` a batch is the largest whose tokens (class tokens counted) don't
     exceed it, in multiples of `data.batch_multiple` (0: 1) and of `data.repeats`, and at least one
-    multiple.
+    multiple. Under `stretch.distill` the teacher's tokens count too.
 
     Args:
       config: the run's.
@@ -238,7 +275,9 @@ def make_batch_sizes(config: Config, buckets) -> tuple[int, ...]:
     if not data.tokens_per_batch:
         return (data.batch_size,) * len(buckets)
     multiple = math.lcm(data.batch_multiple or 1, data.repeats)
-    tokens = [bucket.tokens(config.model.tubelet) for bucket in buckets]
+    teacher, tubelet = find_teacher(config.stretch, config.model), config.model.tubelet
+    more = teacher.tokens(tubelet) if teacher else 0
+    tokens = [bucket.tokens(tubelet) + more for bucket in buckets]
     return tuple(max(1, data.tokens_per_batch // (n * multiple)) * multiple for n in tokens)
 
 
@@ -247,16 +286,19 @@ def make_schedule(stretch: StretchConfig, model: ModelConfig, steps: int, seed: 
 
     Each step's draw comes from a counter-based generator, so step k of a run doesn't depend on how
     many steps there are. With `stretch.short_first` the first share of the steps draws only among
-    the buckets of the smallest frame count.
+    the buckets of the smallest frame count. With `stretch.curriculum` the first share draws among
+    the cheapest buckets alone, one at first, then two, and so on: fewest tokens first, then fewest
+    pixels. Buckets that aren't left out keep the ratio of their chances.
 
     Args:
       stretch, model: the run's configuration.
       steps: length of the run.
       seed: of the run.
     """
+    found = _drawn(stretch, model)
     draws = np.array([_draw(seed, step) for step in range(steps)])
-    buckets, chances = zip(*training_buckets(stretch, model), strict=True)
-    return Schedule(buckets, _choose(buckets, chances, draws, stretch.short_first))
+    which = _choose(found, stretch, model.tubelet, draws)
+    return Schedule(tuple(b for b, _ in found), which, teacher=find_teacher(stretch, model))
 
 
 def make_run_schedule(config: Config, samples: int) -> Schedule:
@@ -271,8 +313,9 @@ def make_run_schedule(config: Config, samples: int) -> Schedule:
     Returns:
       The `Schedule`; a pure function of the arguments.
     """
-    stretch, seed = config.stretch, config.train.seed
-    buckets, chances = zip(*training_buckets(stretch, config.model), strict=True)
+    stretch, model, seed = config.stretch, config.model, config.train.seed
+    found = _drawn(stretch, model)
+    buckets = tuple(bucket for bucket, _ in found)
     sizes = make_batch_sizes(config, buckets)
     wanted = config.train.epochs * samples
 
@@ -280,7 +323,7 @@ def make_run_schedule(config: Config, samples: int) -> Schedule:
         draws.extend(_draw(seed, step) for step in range(len(draws), steps))
 
     def choose(steps):
-        return _choose(buckets, chances, np.array(draws[:steps]), stretch.short_first)
+        return _choose(found, stretch, model.tubelet, np.array(draws[:steps]))
 
     def drawn(steps):
         return sample_offsets(choose(steps), sizes)[-1]
@@ -289,26 +332,47 @@ def make_run_schedule(config: Config, samples: int) -> Schedule:
     steps = config.train.steps or math.ceil(wanted / max(sizes))
     draw_to(steps)
     if not config.train.steps and min(sizes) < max(sizes):
-        # Longer runs draw more: the early steps of short clips are a share of all.
+        # Longer runs draw more: the early steps of small clips are a share of all.
         while drawn(len(draws)) < wanted:
             draw_to(len(draws) + len(draws) // 4 + 1)
         steps = bisect.bisect_left(range(len(draws)), wanted, key=drawn)
-    return Schedule(buckets, choose(steps), sizes)
+    return Schedule(buckets, choose(steps), sizes, find_teacher(stretch, model))
 
 
 def _draw(seed: int, step: int) -> float:
     return np.random.Generator(np.random.Philox(key=seed, counter=step)).random()
 
 
-def _choose(buckets, chances, draws: np.ndarray, short_first: float) -> np.ndarray:
-    """The index of each step's bucket, int32 (steps,), from numbers 0..1."""
-    which = np.searchsorted(np.cumsum(chances), draws * sum(chances), side="right")
-    which = np.minimum(which, len(buckets) - 1).astype(np.int32)
-    shortest = min(b.frames for b in buckets)
-    among = np.array(
-        [c if b.frames == shortest else 0.0 for b, c in zip(buckets, chances, strict=True)]
-    )
-    early = int(short_first * len(draws))
-    short = np.searchsorted(np.cumsum(among), draws[:early] * among.sum(), side="right")
-    which[:early] = np.minimum(short, np.flatnonzero(among)[-1])
+def _choose(found, stretch: StretchConfig, tubelet: int, draws: np.ndarray) -> np.ndarray:
+    """The index of each step's bucket, int32 (steps,), from numbers 0..1.
+
+    Args:
+      found: (bucket, chance) each.
+      stretch: which of them the early steps draw among.
+      tubelet: frames per token.
+      draws: (steps,).
+    """
+    buckets, chances = zip(*found, strict=True)
+    which = _pick(chances, sum(chances), draws)
+    for first, end, admitted in _early(buckets, stretch, tubelet, len(draws)):
+        among = np.where(admitted, chances, 0.0)
+        which[first:end] = _pick(among, among.sum(), draws[first:end])
     return which
+
+
+def _pick(chances, total: float, draws: np.ndarray) -> np.ndarray:
+    which = np.searchsorted(np.cumsum(chances), draws * total, side="right")
+    return np.minimum(which, np.flatnonzero(chances)[-1]).astype(np.int32)
+
+
+def _early(buckets, stretch: StretchConfig, tubelet: int, steps: int):
+    """Yields (first step, end, mask of the buckets drawn) for the steps that leave some out."""
+    if stretch.short_first:
+        shortest = min(bucket.frames for bucket in buckets)
+        yield 0, int(stretch.short_first * steps), [b.frames == shortest for b in buckets]
+    if stretch.curriculum:
+        cost = [(b.tokens(tubelet), b.frames * b.height * b.width) for b in buckets]
+        rank = np.argsort(sorted(range(len(cost)), key=cost.__getitem__))
+        end, stages = int(stretch.curriculum * steps), len(buckets) - 1
+        for stage in range(stages):
+            yield end * stage // stages, end * (stage + 1) // stages, rank <= stage

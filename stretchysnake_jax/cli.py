@@ -44,7 +44,7 @@ def parse_config(argv: list[str]) -> tuple[Config, list[str]]:
       argv: the command line.
 
     Returns:
-      (config, the words left over). The config is validated, its data recipe filled in.
+      (config, the words left over). The config is validated, its recipes filled in.
 
     Raises:
       ConfigError: a file that can't be read, an unknown field, a value of the wrong type.
@@ -89,7 +89,7 @@ def parse_config(argv: list[str]) -> tuple[Config, list[str]]:
     if not isinstance(config, Config):
         raise ConfigError(f"get_config() returned {type(config).__name__}: it takes a Config")
     validate(config)
-    config.data = resolve(config.data)
+    config.data, config.optim = resolve(config.data), resolve(config.optim)
     return config, rest
 
 

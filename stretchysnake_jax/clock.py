@@ -30,6 +30,7 @@ class Clock:
     def __init__(self, total: int, done: int = 0, elapsed: float = 0.0):
         self.total, self.done = total, done
         self._before, self._start = elapsed, time.perf_counter()
+        self._lap = elapsed
         self.waited = 0.0  # seconds of this process that `wait` was told of
         # Compilations come early and would spoil an average over all, so the rate is a recent one.
         self._marks = collections.deque([(self._start, done, 0.0)], maxlen=64)
@@ -43,6 +44,17 @@ class Clock:
         """Says that `done` units are done in all."""
         self.done = done
         self._marks.append((time.perf_counter(), done, self.waited))
+
+    def took(self, begun: float, ended: float | None = None) -> float:
+        """Seconds that a step took on the device: from its begin, or the end of the one before.
+
+        Args:
+          begun: `elapsed` when it was given to the device.
+          ended: `elapsed` when it was done, if the device doesn't work on its own; else now.
+        """
+        ended = self.elapsed if ended is None else ended
+        before, self._lap = max(begun, self._lap), ended
+        return ended - before
 
     def wait(self, seconds: float) -> None:
         """Says that the work stood still for so long, waiting for something."""

@@ -15,7 +15,12 @@ SPLITS = ("train", "val", "test")
 VARIANTS = ("vanilla", "temporal", "spatial", "flexivit", "flex_all", "static_tokens")
 METHODS = ("paper", "pi", "area", "bilinear", "nearest", "lanczos3", "none")
 SAMPLINGS = ("sparse", "uniform", "dense", "ssv2")
+REMAT = ("none", "block", "matmuls")
 RESIZES = ("crop", "squash", "random_resized")
+LOGGERS = ("tensorboard", "wandb")
+SCHEDULES = ("cosine", "videomamba")
+RATE_SCALES = ("none", "linear", "sqrt")
+LAYER_DECAYS = ("intended", "published")
 _PLAIN = {
     "sampling": "uniform",
     "resize": "squash",
@@ -40,6 +45,38 @@ RECIPES = {
         "mixup": 0.8,
         "cutmix": 1.0,
         "repeats": 2,
+    },
+}
+# The same of OptimConfig. "stretchysnake": the defaults of the paper's release, whose optimiser is
+# VideoMamba's; its peak is lr * clips * 2 / 256 whether or not a clip comes twice, and 5 of its 12
+# epochs are warm-up. "videomamba": the fine-tuning of VideoMamba-S on Kinetics-400; 5 of 50 epochs.
+OPTIM_RECIPES = {
+    "light": {
+        "learning_rate": 1e-3,
+        "warmup": 0.05,
+        "schedule": "cosine",
+        "scale_rate": "none",
+        "base_batch": 256,
+        "layer_decay": 1.0,
+        "layer_decay_form": "intended",
+    },
+    "stretchysnake": {
+        "learning_rate": 1e-3,
+        "warmup": 5 / 12,
+        "schedule": "videomamba",
+        "scale_rate": "linear",
+        "base_batch": 128,
+        "layer_decay": 0.75,
+        "layer_decay_form": "published",
+    },
+    "videomamba": {
+        "learning_rate": 2e-4,
+        "warmup": 5 / 50,
+        "schedule": "videomamba",
+        "scale_rate": "linear",
+        "base_batch": 256,
+        "layer_decay": 0.75,
+        "layer_decay_form": "published",
     },
 }
 
@@ -103,6 +140,13 @@ class StretchConfig:
     short_first: float = (
         0.0  # share of the steps, from the start, that use the smallest frame count
     )
+    # Share of the steps, from the start, over which the buckets come in one by one: fewest tokens
+    # first, then fewest pixels; 0: all are drawn from the first step on
+    curriculum: float = 0.0
+    # Weight of scale self-distillation: every clip is loaded at the largest scale, which teaches
+    # the one drawn among the others in the same step, see `distill`; 0: off
+    distill: float = 0.0
+    distill_temperature: float = 1.0  # of both sides of its divergence
 
 
 @dataclasses.dataclass
@@ -167,15 +211,31 @@ class DataConfig:
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay."""
 
-    learning_rate: float = 1e-3  # peak
+    recipe: str = "light"  # one of OPTIM_RECIPES: what stands for the fields that are None
+    learning_rate: float | None = None  # peak
     final_learning_rate: float = 1e-6
-    warmup: float = 0.05  # share of all steps
+    warmup: float | None = None  # share of all steps, such as 5 / 50 for 5 of 50 epochs
+    warmup_learning_rate: float | None = None  # of the first step; None: final_learning_rate
+    # "cosine": the peak comes after the last step of the warm-up; "videomamba": with it, and once
+    # more after it, as released
+    schedule: str | None = None
+    # How the three rates follow the clips of a step (augmented copies counted): "none", or times
+    # clips / base_batch ("linear") or its root ("sqrt"); by bucket where their batches differ
+    scale_rate: str | None = None
+    base_batch: int | None = None
+    layer_decay: float | None = None  # factor on the rate from a block to the one below; 1: off
+    # "intended": on blocks and embeddings; "published": VideoMamba's release leaves the blocks and
+    # the temporal table out, so patches, class token and spatial table all but stand still
+    layer_decay_form: str | None = None
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.05  # not on 1-D parameters, biases, position tables and the class token
     clip_norm: float = 0.0  # largest global gradient norm; 0: off
     label_smoothing: float = 0.1
+    # Decay of a moving average of the weights, such as 0.9999; 0: off. After n updates at most
+    # (1 + n) / (10 + n), so that the initial weights are soon forgotten
+    ema: float = 0.0
 
 
 @dataclasses.dataclass
@@ -186,11 +246,28 @@ class TrainConfig:
     epochs: float = 0.0
     seed: int = 0  # initial weights, data order, scales and drop path all follow from it
     dtype: str = "float32"  # of the computation; parameters, residual and scan state stay float32
+    # What the gradient computes again instead of keeping it: "none"; "block": all but a block's
+    # input, the least memory; "matmuls": all but that and what its projections gave
+    remat: str = "none"
+    accumulate: int = 1  # parts of a step's batch that go through the model one after the other
+    # Folder where compiled programs are kept for later runs, see docs/scale.md; "": they aren't
+    compilation_cache: str = "~/.cache/stretchysnake/programs"
     init_from: str = ""  # a checkpoint to start from: a workdir, a .pth or a .npz file
     log_every: int = 10  # steps
     eval_every: int = 0  # steps between validations, at the base scale; 0: at the end only
     checkpoint_every: int = 500  # steps
     keep: int = 3  # newest checkpoints kept, beside the best
+    loggers: tuple[str, ...] = ()  # of LOGGERS, beside metrics.jsonl; each needs its extra
+    keep_every: int = 0  # steps whose multiples are kept for good, beside them; 0: none
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """How the devices of all processes are laid out, see `sharding`."""
+
+    data: int = 0  # devices that share out a batch; 0: all that the other axes leave
+    fsdp: int = 1  # as data, and parameters and optimizer state are cut up over them
+    sequence: int = 1  # devices that share out the tokens of a clip
 
 
 @dataclasses.dataclass
@@ -203,6 +280,7 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
 class ConfigError(ValueError):
@@ -275,15 +353,21 @@ def require(ok: bool, field: str, value, takes: str) -> None:
         raise ConfigError(f"{field} is {value!r}: it takes {takes}")
 
 
-def resolve(data: DataConfig) -> DataConfig:
-    """`data` with the recipe's value in every field that is None; again, it changes nothing.
+def resolve(part):
+    """`part` with its recipe's value in every field of it that is None; again, it changes nothing.
+
+    Args:
+      part: a DataConfig or an OptimConfig.
 
     Raises:
       ConfigError: an unknown recipe.
     """
-    check_choice("data.recipe", data.recipe, tuple(RECIPES))
-    recipe = RECIPES[data.recipe].items()
-    return dataclasses.replace(data, **{k: v for k, v in recipe if getattr(data, k) is None})
+    name, recipes = ("data", RECIPES)
+    if isinstance(part, OptimConfig):
+        name, recipes = ("optim", OPTIM_RECIPES)
+    check_choice(f"{name}.recipe", part.recipe, tuple(recipes))
+    recipe = recipes[part.recipe].items()
+    return dataclasses.replace(part, **{k: v for k, v in recipe if getattr(part, k) is None})
 
 
 def parse_rand_augment(text: str) -> tuple[float, int, float]:

@@ -244,9 +244,10 @@ def main(argv: list[str]) -> int:
     start, progress = time.perf_counter(), Progress(every=5.0)
     out = pathlib.Path(args.out or ("runs/demo-quick" if args.quick else "runs/demo"))
     out.mkdir(parents=True, exist_ok=True)
-    from stretchysnake_jax import train
 
-    train.prepare(demo_config("vanilla", out / "data", args.quick), progress)
+    from stretchysnake_jax import run
+
+    run.prepare(demo_config("vanilla", out / "data", args.quick), progress)
     status = run_all(out, args.quick, progress)
     if status:
         return status

@@ -7,12 +7,12 @@ import time
 import jax
 import numpy as np
 
-from stretchysnake_jax import flops
+from stretchysnake_jax import flops, sharding
 from stretchysnake_jax.buckets import Bucket, make_bucket, training_buckets
 from stretchysnake_jax.config import Config, StretchConfig
 from stretchysnake_jax.data import pipeline
 from stretchysnake_jax.data.lists import ClipList
-from stretchysnake_jax.step import make_eval_step
+from stretchysnake_jax.step import EvalStep
 from stretchysnake_jax.whole_file import whole_file
 
 COLUMNS = ("frames", "height", "width", "patch", "top1", "top5", "loss", "gflops", "clips_per_s")
@@ -20,34 +20,45 @@ COLUMNS += ("trained",)
 
 
 def evaluate_bucket(
-    eval_step, params, data, clips: ClipList, bucket: Bucket, batch_size: int = 8, on_batch=None
+    eval_step,
+    params,
+    data,
+    clips: ClipList,
+    bucket: Bucket,
+    batch_size: int = 8,
+    on_batch=None,
+    mesh=None,
 ) -> dict:
     """Accuracy at one scale: one view per clip, the whole list.
 
     Args:
-      eval_step: see `step.make_eval_step`.
+      eval_step: an `EvalStep`.
       params: base parameters.
       data: the `DataConfig`, for sampling and transforms.
       clips: the list.
       bucket: the scale.
       batch_size: clips per batch.
       on_batch: called with the number of clips done after every batch.
+      mesh: the devices that a batch is spread over, of every process; None: one. Each process
+        reads its part and gets the numbers of the whole list; `unreadable` is its own.
 
     Returns:
       top1, top5 (shares), loss (mean cross entropy), clips (readable ones), unreadable (a list of
       (path, reason)), and clips_per_s of the compiled forward pass, reading not counted.
     """
     scores, labels, unreadable, times = [], [], [], []
-    with pipeline.eval_batches(data, clips, bucket, batch_size) as batches:
+    index, count = sharding.host_share(mesh) if mesh else (0, 1)
+    part = {"shard_index": index, "shard_count": count}
+    with pipeline.eval_batches(data, clips, bucket, batch_size, **part) as batches:
         for batch in batches:
             # The first call compiles; it is made twice so that even a single batch is timed.
             for _ in range(1 if times else 2):
                 start = time.perf_counter()
                 logits = jax.block_until_ready(eval_step(params, batch["video"], bucket))
             times.append(time.perf_counter() - start)
-            keep = batch["mask"] > 0
-            scores.append(np.asarray(logits, np.float64)[keep])
-            labels.append(batch["label"][keep])
+            label, mask = sharding.gather(mesh, (batch["label"], batch["mask"]))
+            scores.append(np.asarray(logits, np.float64)[mask > 0])
+            labels.append(label[mask > 0])
             unreadable += batch["unreadable"]
             if on_batch:
                 on_batch(min(len(clips), len(times) * batch_size))
@@ -112,7 +123,8 @@ def evaluate_grid(
       A row per cell with the keys of COLUMNS; gflops is the full count of `flops.count`.
     """
     trained = {bucket for bucket, _ in training_buckets(config.stretch, config.model)}
-    eval_step = make_eval_step(config.model, stretch, config.train.dtype)
+    exact = {bucket.patch for bucket in trained}
+    eval_step = EvalStep(config.model, stretch, config.train.dtype, exact=exact)
     rows = []
     for number, bucket in enumerate(cells):
         before = number * len(clips)

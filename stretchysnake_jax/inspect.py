@@ -28,13 +28,13 @@ def buckets_table(model, stretch) -> str:
     return "\n".join(lines)
 
 
-def print_memory(config, device: str | None, implementations: str | None) -> None:
-    """Prints the memory of a config's training step; turns what is wrong into one sentence."""
+def print_costs(config, device: str | None, implementations: str | None) -> None:
+    """Prints what a config's training step takes; turns what is wrong into one sentence."""
     from stretchysnake_bench.aot import AotUnavailable
     from stretchysnake_kernels.dispatch import Unsupported
     from stretchysnake_kernels.selective_scan.api import IMPLEMENTATIONS
 
-    from stretchysnake_jax.memory import memory_table
+    from stretchysnake_jax.compile_report import report
 
     validate(config)
     names = implementations.split(",") if implementations else [None]
@@ -43,26 +43,33 @@ def print_memory(config, device: str | None, implementations: str | None) -> Non
             hint = config_lib.nearest(name, IMPLEMENTATIONS)
             raise ConfigError(f"--implementations has {name!r}: {hint}")
     try:
-        table = memory_table(config, device, names)
+        table = report(config, device, names)
     except (ValueError, AotUnavailable, Unsupported) as error:
         raise ConfigError(str(error)) from error
     print(table)
     print(
-        f"\nGiB of {device or 'this machine'}: state, a batch as the trunk "
-        "takes it, and temporary memory of\none training step, activations included, by "
-        f"implementation of the scan. {config.train.dtype}."
+        f"\nOne training step on each device of {device or 'this machine'}, {config.train.dtype}, "
+        f"train.remat = {config.train.remat}. compile: seconds, programs\nthat an earlier bucket "
+        "brought not counted. TFLOP: of all devices, a multiply-add is two, nothing computed\n"
+        "again. GiB: state, the clips as the trunk takes them, and temporary memory, activations "
+        "included, by\nimplementation of the scan. fits: into 90 % of the device's memory, and the "
+        "batch that does by proportion."
     )
 
 
 def main(argv: list[str]) -> int:
     """The command `stretchysnake inspect`."""
+    if argv[:1] == ["run"]:
+        from stretchysnake_jax.curves import main_run
+
+        return main_run(argv[1:])
     parser = argparse.ArgumentParser(
         prog="stretchysnake inspect",
         description="buckets: the scales of a variant, or of a config. config: every field of a "
-        "config file, resolved. memory: device memory of the training step of a config file, per "
-        "bucket, from compiling it.",
+        "config file, resolved. compile: what the training step of a config file takes, per "
+        "bucket, from compiling it. run: curves of runs, see 'stretchysnake inspect run --help'.",
     )
-    parser.add_argument("what", choices=("buckets", "config", "memory"))
+    parser.add_argument("what", choices=("buckets", "config", "compile", "run"))
     parser.add_argument("--config", metavar="FILE[:ARG]", help="a config file, with --config.FIELD")
     parser.add_argument("--variant", help=", ".join(config_lib.VARIANTS))
     parser.add_argument("--model", help=f"{', '.join(models.PRESETS)} (default middle)")
@@ -70,11 +77,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--sizes", help="sizes drawn, such as 98,224")
     parser.add_argument(
         "--device",
-        help="memory: a GPU that need not be there, such as h100 or a100 (default: this machine)",
+        help="compile: a GPU that need not be there, such as h100 or a100 (default: this machine)",
     )
     parser.add_argument(
         "--implementations",
-        help="memory: of the selective scan, such as pallas,xla (default: the one that would run)",
+        help="compile: of the selective scan, such as pallas,xla (default: the one that would run)",
     )
     if "-h" in argv or "--help" in argv:
         parser.parse_args(["--help"])
@@ -86,8 +93,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.what != "buckets" and config is None:
         raise ConfigError("--config is missing: it takes a config file, such as configs/k400.py")
-    if args.what == "memory":
-        print_memory(config, args.device, args.implementations)
+    if args.what == "compile":
+        print_costs(config, args.device, args.implementations)
         return 0
     if args.what == "config":
         print(json.dumps(config_lib.to_dict(config), indent=2))

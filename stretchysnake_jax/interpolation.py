@@ -200,6 +200,66 @@ def project_pixels(video, patch: tuple[int, int], base: tuple[int, int], method:
     return x.reshape(b, t, rows * base[0], columns * base[1], c)
 
 
+def pad_patches(video: np.ndarray, patch: tuple[int, int], room: tuple[int, int]) -> np.ndarray:
+    """Moves every patch of a video into a larger cell, top left, with zeros around it.
+
+    Videos of many sizes so become arrays of one shape, which one compiled function takes; see
+    `padded_projection`.
+
+    Args:
+      video: (batch, frames, height, width, 3); what fills no whole patch is dropped.
+      patch: (height, width) of a patch, pixels.
+      room: (height, width) of a cell, at least as large.
+
+    Returns:
+      (batch, frames, rows * room height, columns * room width, 3), the video's dtype.
+    """
+    b, t, h, w, c = video.shape
+    rows, columns = h // patch[0], w // patch[1]
+    video = video[:, :, : rows * patch[0], : columns * patch[1]]
+    padded = np.zeros((b, t, rows, room[0], columns, room[1], c), video.dtype)
+    cells = video.reshape(b, t, rows, patch[0], columns, patch[1], c)
+    padded[:, :, :, : patch[0], :, : patch[1]] = cells
+    return padded.reshape(b, t, rows * room[0], columns * room[1], c)
+
+
+def padded_projection(
+    patch: tuple[int, int], base: tuple[int, int], room: tuple[int, int], method: str = "paper"
+) -> tuple[np.ndarray, np.ndarray]:
+    """The matrices of `project_pixels` for patches that `pad_patches` has put into cells.
+
+    Args:
+      patch, base, method: as of `project_pixels`.
+      room: (height, width) of a cell.
+
+    Returns:
+      For the height and the width: float32 (base, room), zero where a cell holds no patch.
+    """
+    matrices = []
+    for length, target, cell in zip(patch, base, room, strict=True):
+        matrix = resize_matrix("kernel", method, target, length).T
+        matrices.append(np.pad(matrix, ((0, 0), (0, cell - length))).astype(np.float32))
+    return tuple(matrices)
+
+
+def project_cells(video, matrices):
+    """`project_pixels` with matrices that are arguments, hence the same program for any of them.
+
+    Args:
+      video: float (batch, frames, rows * room height, columns * room width, 3), of `pad_patches`.
+      matrices: of `padded_projection`.
+
+    Returns:
+      (batch, frames, rows * base height, columns * base width, 3).
+    """
+    high, wide = matrices
+    b, t, h, w, c = video.shape
+    rows, columns = h // high.shape[1], w // wide.shape[1]
+    x = video.reshape(b, t, rows, high.shape[1], columns, wide.shape[1], c)
+    x = jnp.einsum("ik,btrkcld,jl->btricjd", high, x, wide, precision="highest")
+    return x.reshape(b, t, rows * high.shape[0], columns * wide.shape[0], c)
+
+
 def resize_spatial(table, grid: tuple[int, int], method: str = "paper"):
     """Resizes a spatial table (rows, columns, dim) to `grid`; the class token's row isn't in it."""
     return _resize(_resize(table, "spatial", method, 0, grid[0]), "spatial", method, 1, grid[1])

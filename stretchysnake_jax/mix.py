@@ -5,11 +5,14 @@ batch and all frames.
 """
 
 import collections
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from stretchysnake_jax.config import DataConfig, resolve
+from stretchysnake_jax.sharding import BATCH
 
 CUTMIX_SHARE = 0.5  # chance of cutmix where both are on
 _STREAM = 0x6D6978  # keeps these draws apart from those of the encoder
@@ -65,14 +68,16 @@ class Mixer:
     A clip whose partner was unreadable stays as it is, with weight 1.
 
     Attributes:
+      function: what it calls, jitted.
       traces: how often each shape was traced.
     """
 
-    def __init__(self, data: DataConfig, seed: int):
+    def __init__(self, data: DataConfig, seed: int, mesh=None):
         self.traces = collections.Counter()
         data = resolve(data)
+        spread = {"out_shardings": NamedSharding(mesh, BATCH)} if mesh else {}
 
-        @jax.jit
+        @functools.partial(jax.jit, **spread)
         def mixer(video, mask, step):
             self.traces[video.shape] += 1  # runs while tracing only
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _STREAM), step)
@@ -84,7 +89,7 @@ class Mixer:
             # Back to bytes: half a grey level is lost, and the rest of the step stays as it is.
             return jnp.round(mixed).astype(jnp.uint8), jnp.where(alone, 1.0, weight)
 
-        self._mixer = mixer
+        self.function = mixer
 
     def __call__(self, video, mask, step):
         """Mixes a batch.
@@ -98,13 +103,13 @@ class Mixer:
           (mixed video, uint8; weight of every clip's own label, float32 (B,), the partner's label
           has the rest).
         """
-        return self._mixer(video, mask, step)
+        return self.function(video, mask, step)
 
 
-def make_mixer(data: DataConfig, seed: int) -> Mixer | None:
+def make_mixer(data: DataConfig, seed: int, mesh=None) -> Mixer | None:
     """The mixer of a run, or None if mixup and cutmix are off."""
     data = resolve(data)
-    return Mixer(data, seed) if data.mixup or data.cutmix else None
+    return Mixer(data, seed, mesh) if data.mixup or data.cutmix else None
 
 
 def mixed_targets(targets, weight):

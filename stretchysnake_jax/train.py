@@ -4,9 +4,6 @@ stretchysnake train --config configs/stick_actions.py --workdir runs/stick
 """
 
 import argparse
-import dataclasses
-import hashlib
-import json
 import math
 import pathlib
 import signal
@@ -15,25 +12,20 @@ import sys
 import jax
 import numpy as np
 
-from stretchysnake_jax import config as config_lib
-from stretchysnake_jax import models
-from stretchysnake_jax.buckets import make_bucket, make_run_schedule
+from stretchysnake_jax import compile_report, distributed, models, run, sharding
+from stretchysnake_jax.buckets import make_bucket, make_run_schedule, sample_offsets
 from stretchysnake_jax.checkpoint import Checkpoints
 from stretchysnake_jax.clock import Clock, Progress
-from stretchysnake_jax.config import Config, ConfigError
-from stretchysnake_jax.data import decode, pipeline, stick_actions
-from stretchysnake_jax.data.datasets import load_clips
+from stretchysnake_jax.compile import Ahead, keep_programs
+from stretchysnake_jax.config import Config
+from stretchysnake_jax.data import pipeline
 from stretchysnake_jax.data.lists import ClipList
 from stretchysnake_jax.grid import evaluate_bucket
-from stretchysnake_jax.metrics import MetricsLog
+from stretchysnake_jax.metrics import Loggers
+from stretchysnake_jax.optim import batch_scale
 from stretchysnake_jax.optim import make_schedule as make_learning_rate
-from stretchysnake_jax.step import TrainStep, init_state, make_eval_step
-from stretchysnake_jax.validation import validate
-
-# Fields that may change when a run goes on: they change neither its numbers nor their order.
-FREE = ("data.threads", "data.workers", "data.prefetch", "train.log_every", "train.eval_every")
-FREE += ("train.checkpoint_every", "train.keep", "name")
-FREE += ("data.max_unreadable", "data.allow_absolute", "data.test_clips", "data.test_crops")
+from stretchysnake_jax.profile import Profiler, parse_steps
+from stretchysnake_jax.step import EvalStep, TrainStep, init_state
 
 
 class TrainingError(RuntimeError):
@@ -42,97 +34,12 @@ class TrainingError(RuntimeError):
     plain = True
 
 
-def prepare(config: Config, progress: Progress) -> tuple[Config, ClipList, ClipList | None]:
-    """Renders the embedded data if the config asks for it, and reads the lists.
-
-    Returns:
-      (config with absolute paths, training clips, validation clips or None).
-    """
-    validate(config)
-    decode.set_up_opencv()
-    data = config_lib.resolve(config.data)
-    stick = data.stick_actions
-    if stick.path:
-        make = {k: v for k, v in dataclasses.asdict(stick).items() if k != "path"}
-        try:
-            stick_actions.make(
-                stick.path, **make, progress=progress.counter(f"rendering {stick.path}: clips")
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        progress.close()
-        for split in config_lib.SPLITS:
-            setattr(data, split, str(pathlib.Path(stick.path) / f"{split}.txt"))
-    for name in (*config_lib.SPLITS, "root", "annotations"):
-        if getattr(data, name):
-            setattr(data, name, str(pathlib.Path(getattr(data, name)).absolute()))
-    config = dataclasses.replace(config, data=data)
-    clips = load_clips(data, "train", say=progress.say)
-    val = load_clips(data, "val", clips.classes, optional=True, say=progress.say)
-    if len(clips.classes) != config.model.num_classes:
-        raise ConfigError(
-            f"model.num_classes is {config.model.num_classes} but {data.train or data.dataset} has "
-            f"{len(clips.classes)} classes: set it to {len(clips.classes)}"
-        )
-    return config, clips, val
-
-
-def claim(workdir: pathlib.Path, config: Config, classes: list[str], begun: bool) -> None:
-    """Writes the resolved config and the class names; checks the config of a run that has begun.
-
-    Raises:
-      ConfigError: the workdir belongs to a run with another config.
-    """
-    path = workdir / "config.json"
-    if begun:
-        old, new = config_lib.load(path), config
-        old.data = config_lib.resolve(old.data)  # fields may have come after the run was begun
-        for name in config_lib.field_names(new):
-            if name not in FREE and _get(old, name) != _get(new, name):
-                raise ConfigError(
-                    f"{workdir} holds a run with another config: {name} is {_get(old, name)!r} "
-                    f"there and {_get(new, name)!r} now; go on with its own or take a new workdir"
-                )
-    else:
-        (workdir / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
-    config_lib.save(config, path)
-
-
-def settle_batches(config: Config, workdir: pathlib.Path) -> Config:
-    """The config with `data.batch_multiple` as the run began with it, on whatever it goes on.
-
-    Were it the devices at hand, a run that goes on with another number of them would cut its row of
-    clips into other batches.
-    """
-    data, path = config.data, workdir / "config.json"
-    if not data.tokens_per_batch or data.batch_multiple:
-        return config
-    multiple = config_lib.load(path).data.batch_multiple if path.exists() else 0
-    data = dataclasses.replace(data, batch_multiple=multiple or jax.device_count())
-    return dataclasses.replace(config, data=data)
-
-
-def on_device(batch: dict) -> dict:
-    """Starts to send a batch to the accelerator; on a CPU it is already where it is used."""
-    if jax.default_backend() == "cpu":
-        return batch
-    arrays = ("video", "label", "mask")
-    return batch | jax.device_put({name: batch[name] for name in arrays})
-
-
-def fingerprint(clips: ClipList) -> str:
-    """A digest of a list: its paths, labels, classes and windows."""
-    parts = [clips.paths, clips.labels.tolist(), clips.classes]
-    if clips.windows is not None:
-        parts += [clips.windows.tolist(), clips.unit]
-    text = json.dumps(parts)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _get(config: Config, name: str):
-    for part in name.split("."):
-        config = getattr(config, part)
-    return config
+def on_device(batch: dict, mesh) -> dict:
+    """Starts to send a batch to its devices; on a single CPU it is already where it is used."""
+    arrays = {name: batch[name] for name in ("video", "label", "mask")}
+    if mesh is not None:
+        return batch | sharding.place(mesh, arrays)
+    return batch if jax.default_backend() == "cpu" else batch | jax.device_put(arrays)
 
 
 class StopOnSignal:
@@ -157,13 +64,17 @@ class StopOnSignal:
             signal.signal(s, handler)
 
 
-def train(config: Config, workdir, progress: Progress | None = None) -> int:
+def train(config: Config, workdir, progress: Progress | None = None, profile=None) -> int:
     """Trains, from the beginning or from the newest checkpoint of the workdir.
+
+    Every process of a job calls it; the first one writes and talks.
 
     Args:
       config: the experiment.
-      workdir: where config.json, classes.txt, metrics.jsonl and checkpoints/ go.
+      workdir: where config.json, classes.txt, metrics.jsonl and checkpoints/ go; on a file system
+        that all processes share.
       progress: shows the state of things; standard error unless given.
+      profile: the first and the last step to trace, see `profile.Profiler`.
 
     Returns:
       0 when all steps are done, 128 + the signal's number when a signal ended the run.
@@ -171,55 +82,75 @@ def train(config: Config, workdir, progress: Progress | None = None) -> int:
     Raises:
       ConfigError: the config can't be run.
       TrainingError: the loss is no longer finite.
+      CheckpointFailed: a checkpoint can't be written, or none can be read.
       TooManyUnreadable: more clips are unreadable than `data.max_unreadable` allows.
     """
-    progress, workdir = progress or Progress(), pathlib.Path(workdir)
+    first, workdir = jax.process_index() == 0, pathlib.Path(workdir)
+    progress = progress or Progress(every=10.0 if first else math.inf)
+    say = progress.say if first else (lambda text: None)
     # 1. What is trained on what. The schedule follows from the config alone.
-    config, clips, val = prepare(config, progress)
-    cfg = config.train
-    config = settle_batches(config, workdir)
+    config, clips, val = run.prepare(config, progress)
+    cfg, mesh = config.train, sharding.make_mesh(config.mesh)
+    config = run.settle_batches(config, workdir, sharding.batch_shards(mesh) * cfg.accumulate)
+    share, mesh = sharding.host_share(mesh), mesh if mesh.size > 1 else None
     schedule = make_run_schedule(config, len(clips) * config.data.repeats)
     steps = len(schedule)
-    train_step = TrainStep(config, steps)
     # 2. Where it starts: at a checkpoint, at given weights, or at the beginning.
     workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(workdir, cfg.keep)
-    claim(workdir, config, clips.classes, begun=bool(checkpoints.steps))
-    state, saved, digest = init_state(config, steps), {}, fingerprint(clips)
+    checkpoints = Checkpoints(workdir, cfg.keep, say=say, keep_every=cfg.keep_every)
+    run.claim(workdir, config, clips.classes, begun=bool(checkpoints.steps))
+    state, saved, digest = init_state(config, steps, mesh), {}, run.fingerprint(clips)
     if checkpoints.steps:
         state, saved = checkpoints.restore(state)
-        if saved["clips"] != digest:
-            name = config.data.train or config.data.dataset
-            raise ConfigError(
-                f"{name} has changed since {workdir} was begun: the run can't go on as it was; "
-                "take a new workdir, with --config.train.init_from for its weights"
-            )
-        progress.say(f"continuing {workdir} at step {int(state['step'])} of {steps}")
+        run.check_clips(config, workdir, saved["clips"], digest)
+        say(f"continuing {workdir} at step {int(state['step'])} of {steps}")
     elif cfg.init_from:
-        state["params"] = initial_params(config, state["params"], progress)
+        state = run.start_from(config, state, say)
     start = int(state["step"])
     clock = Clock(steps, start, saved.get("elapsed", 0.0))
     tally = pipeline.UnreadableTally(saved.get("unreadable"))
     learning_rates = np.asarray(jax.vmap(make_learning_rate(config.optim, steps))(np.arange(steps)))
-    eval_step = make_eval_step(config.model, config.stretch, cfg.dtype)
-    log = MetricsLog(workdir / "metrics.jsonl", start)
-    progress.say(
+    learning_rates = learning_rates * batch_scale(config.optim, np.diff(schedule.offsets))
+    lengths = [bucket.tokens(config.model.tubelet) for bucket in schedule.buckets]
+    tokens = sample_offsets(schedule.which, np.multiply(lengths, schedule.batch_sizes))
+    log = Loggers(config, workdir, start, say)
+    profiler = Profiler(workdir, profile, say)
+    say(
         f"{config.name}: {config.stretch.variant}, {models.count(state['params']):,} parameters, "
         f"{len(clips)} clips, {steps} steps, {len(schedule.buckets)} buckets"
+        + (f", mesh {dict(mesh.shape)}" if mesh else "")
     )
 
     def save(metrics=None):
         done = {"elapsed": clock.elapsed, "unreadable": tally.state(), "clips": digest}
         checkpoints.save(state, done, metrics)
 
-    # 3. Step after step. Metrics are read one step late, so the device never waits for the host:
+    # 3. Every program is compiled ahead, in threads, in the order in which the run meets it. The
+    # loop waits for one that isn't ready; it compiles nothing.
+    train_step = TrainStep(config, steps, mesh)
+    eval_step = EvalStep(config.model, config.stretch, cfg.dtype, mesh=mesh)
+    scale, val_batch = base_scale(config), eval_batch(mesh)
+    jobs = compile_report.plan(config, train_step, schedule, start, workdir / "compile.json")
+    if val:
+        jobs.append(lambda: eval_step.compile(train_step.state["params"], scale, val_batch))
+
+    # 4. Step after step. Metrics are read one step late, so the device never waits for the host:
     # the next batch is loaded and sent to it while it is at the last one.
     pending, step, metrics = None, start, None
-    batches = pipeline.train_batches(config.data, clips, schedule, seed=cfg.seed, start_step=start)
-    with StopOnSignal() as stop, batches:
+    batches = pipeline.train_batches(
+        config.data,
+        clips,
+        schedule.loaded,
+        seed=cfg.seed,
+        start_step=start,
+        shard_index=share[0],
+        shard_count=share[1],
+    )
+    with StopOnSignal() as stop, batches, Ahead(jobs) as ahead:
         for step in range(start + 1, steps + 1):
+            profiler.step(step)
             before = clock.elapsed
-            batch = on_device(next(batches))
+            batch = on_device(next(batches), mesh)
             waited = clock.elapsed - before
             if metrics is None or metrics["loss"].is_ready():  # else the device was busy meanwhile
                 clock.wait(waited)
@@ -227,16 +158,18 @@ def train(config: Config, workdir, progress: Progress | None = None) -> int:
                 progress.say(f"unreadable, left out: {path}: {reason}")
             tally.check(len(clips), config.data.max_unreadable)
             bucket = schedule.buckets[batch["bucket"]]
+            begun = clock.elapsed
             state, metrics = train_step(state, batch, bucket)
-            stopping = stop.signal  # once a step: it may change at any moment
+            ended = clock.elapsed if metrics["loss"].is_ready() else None
+            # Once a step: a signal may come at any moment, and all processes stop at the same step.
+            stopping = distributed.stop_agreed(stop.signal, step)
             due = step % cfg.checkpoint_every == 0 or step == steps or stopping
             if pending:
                 report(pending, log, progress, clock, cfg.log_every, checkpoints, steps)
             clock.advance(step)
             pending = {"step": step, "bucket": str(bucket), **metrics}
+            pending |= {"begun": begun, "ended": ended, **pace(schedule, tokens, step, clock)}
             pending["learning_rate"] = float(learning_rates[step - 1])
-            seconds, *span = clock.recent
-            pending["clips_per_s"] = float(np.diff(schedule.offsets[span])[0] / seconds)
             pending |= {"data_wait": waited, "data_wait_share": clock.waiting}
             pending["unreadable"] = tally.count
             pending["compiled"] = train_step.compilations
@@ -245,27 +178,59 @@ def train(config: Config, workdir, progress: Progress | None = None) -> int:
                 report(pending, log, progress, clock, cfg.log_every, checkpoints, steps, True)
                 pending = None
             if validate and val and not stopping:
-                save(validation(config, eval_step, state, val, step, log, progress))
+                params = state.get("ema", state["params"])
+                found = evaluate_bucket(
+                    eval_step, params, config.data, val, scale, val_batch, mesh=mesh
+                )
+                save(rate(found, config, val, scale, step, log, progress))
             elif due:
                 save()
+            checkpoints.check()
             if stopping:
                 break
+        else:
+            ahead.wait()  # raises what went wrong in a thread
+    profiler.close()
     checkpoints.close()
     log.close()
     if step < steps:
         name = signal.Signals(stopping).name
-        progress.say(f"{name}: saved step {step} of {steps}; start again to continue")
+        say(f"{name}: saved step {step} of {steps}; start again to continue")
         return 128 + stopping
     compiled = train_step.compilations
     waiting = f", {100 * clock.waiting_in_all:.0f} % of the time waiting for data"
     line = f"done: {steps} steps in {workdir}, {compiled} compilations"
-    progress.say(line + (waiting if steps > start else ""))
+    say(line + (waiting if steps > start else ""))
     return 0
+
+
+def base_scale(config: Config):
+    """The bucket of the model's base scale, which validation uses."""
+    return make_bucket(config.stretch.variant, config.model.frames, config.model.size, config.model)
+
+
+def eval_batch(mesh) -> int:
+    """Clips of a validation batch: 8, or the next number that the devices divide."""
+    parts = sharding.batch_shards(mesh) if mesh else 1
+    return -(-8 // parts) * parts
+
+
+def pace(schedule, tokens, step: int, clock: Clock) -> dict:
+    """Size of a step and recent speed, all devices together; `tokens` as offsets before steps."""
+    seconds, *span = clock.recent
+    return {
+        "clips": int(schedule.offsets[step] - schedule.offsets[step - 1]),
+        "tokens": int(tokens[step] - tokens[step - 1]),
+        "clips_per_s": float(np.diff(schedule.offsets[span])[0] / seconds),
+        "tokens_per_s": float(np.diff(tokens[span])[0] / seconds),
+        "elapsed": clock.elapsed,
+    }
 
 
 def report(pending, log, progress, clock, every, checkpoints, steps, force=False) -> None:
     """Reads a step's metrics, writes them, and stops the run if they aren't finite."""
     line = {k: v.item() if hasattr(v, "item") else v for k, v in pending.items()}
+    line["step_seconds"] = clock.took(line.pop("begun"), line.pop("ended"))
     if not (math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])):
         log.write(line)
         checkpoints.wait()
@@ -286,57 +251,20 @@ def report(pending, log, progress, clock, every, checkpoints, steps, force=False
     )
 
 
-def validation(config: Config, eval_step, state, val: ClipList, step, log, progress) -> dict:
-    """Accuracy on the validation list at the model's base scale."""
-    model = config.model
-    bucket = make_bucket(config.stretch.variant, model.frames, model.size, model)
-    row = evaluate_bucket(eval_step, state["params"], config.data, val, bucket)
+def rate(row: dict, config: Config, val: ClipList, bucket, step, log, progress) -> dict:
+    """Writes and says what a validation found; returns what the checkpoint is rated by."""
     tally = pipeline.UnreadableTally()
     for path, reason in tally.add(row):
         progress.say(f"unreadable, left out: {path}: {reason}")
     tally.check(len(val), config.data.max_unreadable)
     found = {"val_top1": row["top1"], "val_top5": row["top5"], "val_loss": row["loss"]}
     log.write({"step": step, "bucket": str(bucket), **found})
-    progress.say(
-        f"step {step}: validation at {bucket}: top-1 {100 * row['top1']:.1f} %, "
-        f"loss {row['loss']:.3f}, {row['clips']} clips"
-    )
-    return found
-
-
-def initial_params(config: Config, fresh: dict, progress: Progress) -> dict:
-    """The parameters of `train.init_from`, fitted to the config's base scale.
-
-    The head is kept if it has the right number of classes and drawn anew otherwise; everything else
-    must have the same shape after interpolation.
-
-    Raises:
-      ConfigError: a parameter with another shape.
-    """
-    from stretchysnake_jax.model import load
-
-    given = load(config.train.init_from)
-    model = config.model
-    fitted = given.stretch(frames=model.frames, size=model.size, patch=model.patch, method="paper")
-    params = dict(fitted.fitted_params)
-    if params["head"]["bias"].shape != fresh["head"]["bias"].shape:
+    if jax.process_index() == 0:
         progress.say(
-            f"{config.train.init_from} has {params['head']['bias'].size} classes, the config "
-            f"{model.num_classes}: the head starts anew"
+            f"step {step}: validation at {bucket}: top-1 {100 * row['top1']:.1f} %, "
+            f"loss {row['loss']:.3f}, {row['clips']} clips"
         )
-        params["head"] = fresh["head"]
-
-    def check(path, new, old):
-        if new.shape != old.shape:
-            raise ConfigError(
-                f"{config.train.init_from}: {jax.tree_util.keystr(path)} has shape {new.shape}, "
-                f"the config's model takes {old.shape}"
-            )
-        return jax.numpy.asarray(np.asarray(new), old.dtype)
-
-    if jax.tree.structure(params) != jax.tree.structure(fresh):
-        raise ConfigError(f"{config.train.init_from} holds another kind of model than the config's")
-    return jax.tree.map_with_path(check, params, fresh)
+    return found
 
 
 def main(argv: list[str]) -> int:
@@ -352,10 +280,22 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--config", metavar="FILE[:ARG]", help="such as configs/stick_actions.py")
     parser.add_argument("--workdir", required=True, help="where the run's files go")
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        const="",
+        metavar="START:END",
+        help="trace these steps (default: five soon after the start) into WORKDIR/profile",
+    )
     if not argv or "-h" in argv or "--help" in argv:
         parser.parse_args(["--help"])
     config, rest = parse_config(argv)
-    return train(config, parser.parse_args(rest).workdir)
+    args = parser.parse_args(rest)
+    steps = None if args.profile is None else parse_steps(args.profile)
+    distributed.start()
+    with distributed.Watch(print):
+        keep_programs(config.train.compilation_cache)
+        return train(config, args.workdir, profile=steps)
 
 
 if __name__ == "__main__":

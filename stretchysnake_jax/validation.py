@@ -1,13 +1,20 @@
 """What is wrong with a configuration, said before anything is built from it."""
 
 from stretchysnake_jax.config import (
+    LAYER_DECAYS,
+    LOGGERS,
     METHODS,
+    RATE_SCALES,
+    REMAT,
     RESIZES,
     SAMPLINGS,
+    SCHEDULES,
     VARIANTS,
     Config,
     DataConfig,
     ModelConfig,
+    OptimConfig,
+    StretchConfig,
     check_choice,
     parse_rand_augment,
     require,
@@ -64,7 +71,7 @@ def validate(config: Config) -> None:
     for frames in stretch.frames:
         ok = frames % model.tubelet == 0
         require(ok, "stretch.frames", frames, f"multiples of model.tubelet, {model.tubelet}")
-    require(0 <= stretch.short_first <= 1, "stretch.short_first", stretch.short_first, "0 to 1")
+    _validate_stretch(stretch)
     require(model.frames is not None, "model.frames", None, "a frame count: training needs video")
     _validate_augmentation(resolve(data))
     for name in ("batch_size", "threads", "prefetch"):
@@ -79,19 +86,62 @@ def validate(config: Config) -> None:
     ok = bool(data.root) or not data.dataset
     require(ok, "data.root", data.root, f"the folder of the videos of {data.dataset}")
     require(data.fold >= 1, "data.fold", data.fold, "a number >= 1")
-    require(optim.learning_rate > 0, "optim.learning_rate", optim.learning_rate, "a number > 0")
-    require(0 <= optim.warmup < 1, "optim.warmup", optim.warmup, "a share of the steps, 0 to 1")
-    ok = 0 <= optim.label_smoothing < 1
-    require(ok, "optim.label_smoothing", optim.label_smoothing, "from 0 up to 1")
+    _validate_optim(resolve(optim))
     lengths = (train.steps, train.epochs)
     ok = min(lengths) == 0 and max(lengths) > 0
     require(ok, "(train.steps, train.epochs)", lengths, "one number > 0 and one 0")
-    require(optim.clip_norm >= 0, "optim.clip_norm", optim.clip_norm, "a norm > 0, or 0 for off")
     require(train.seed >= 0, "train.seed", train.seed, "a whole number >= 0")
     require(train.eval_every >= 0, "train.eval_every", train.eval_every, "a number >= 0")
     check_choice("train.dtype", train.dtype, ("float32", "bfloat16"))
+    ok = isinstance(train.loggers, tuple)
+    require(ok, "train.loggers", train.loggers, f"a tuple of {', '.join(LOGGERS)}, or ()")
+    for name in train.loggers:
+        check_choice("train.loggers", name, LOGGERS)
+    check_choice("train.remat", train.remat, REMAT)
+    ok = train.accumulate >= 1 and data.batch_size % train.accumulate == 0
+    takes = f"a number that divides data.batch_size, {data.batch_size}"
+    require(ok, "train.accumulate", train.accumulate, takes)
+    for name, least in (("data", 0), ("fsdp", 1), ("sequence", 1)):
+        value = getattr(config.mesh, name)
+        require(value >= least, f"mesh.{name}", value, f"a number >= {least}")
     for name in ("log_every", "checkpoint_every", "keep"):
         require(getattr(train, name) >= 1, f"train.{name}", getattr(train, name), "a number >= 1")
+    ok = train.keep_every >= 0 and train.keep_every % train.checkpoint_every == 0
+    takes = f"a multiple of train.checkpoint_every, {train.checkpoint_every}, or 0 for none"
+    require(ok, "train.keep_every", train.keep_every, takes)
+
+
+def _validate_stretch(stretch: StretchConfig) -> None:
+    """The order in which buckets come, and distillation."""
+    for name in ("short_first", "curriculum"):
+        value = getattr(stretch, name)
+        require(0 <= value <= 1, f"stretch.{name}", value, "0 to 1")
+    ok = not (stretch.short_first and stretch.curriculum)
+    require(ok, "stretch.curriculum", stretch.curriculum, "0 beside stretch.short_first")
+    require(stretch.distill >= 0, "stretch.distill", stretch.distill, "a weight > 0, or 0 for off")
+    ok = not stretch.distill or stretch.variant != "vanilla"
+    require(ok, "stretch.distill", stretch.distill, "0 with 'vanilla', which has a single scale")
+    value = stretch.distill_temperature
+    require(value > 0, "stretch.distill_temperature", value, "a number > 0")
+
+
+def _validate_optim(optim: OptimConfig) -> None:
+    """The optimiser; `optim` is resolved."""
+    require(optim.learning_rate > 0, "optim.learning_rate", optim.learning_rate, "a number > 0")
+    require(0 <= optim.warmup < 1, "optim.warmup", optim.warmup, "a share of the steps, 0 to 1")
+    value = optim.warmup_learning_rate
+    ok = value is None or value >= 0
+    require(ok, "optim.warmup_learning_rate", value, "a rate >= 0, or None for the final one")
+    check_choice("optim.schedule", optim.schedule, SCHEDULES)
+    check_choice("optim.scale_rate", optim.scale_rate, RATE_SCALES)
+    require(optim.base_batch >= 1, "optim.base_batch", optim.base_batch, "a number of clips >= 1")
+    ok = 0 < optim.layer_decay <= 1
+    require(ok, "optim.layer_decay", optim.layer_decay, "above 0, up to 1, which is off")
+    check_choice("optim.layer_decay_form", optim.layer_decay_form, LAYER_DECAYS)
+    ok = 0 <= optim.label_smoothing < 1
+    require(ok, "optim.label_smoothing", optim.label_smoothing, "from 0 up to 1")
+    require(optim.clip_norm >= 0, "optim.clip_norm", optim.clip_norm, "a norm > 0, or 0 for off")
+    require(0 <= optim.ema < 1, "optim.ema", optim.ema, "a decay from 0, which is off, up to 1")
 
 
 def _validate_augmentation(data: DataConfig) -> None:

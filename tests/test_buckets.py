@@ -1,10 +1,20 @@
 """Variants, patches and the schedule against the tables of the paper and its release."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
 from stretchysnake_jax import buckets, flops, models
-from stretchysnake_jax.config import VARIANTS, ConfigError, ModelConfig, StretchConfig
+from stretchysnake_jax.config import (
+    VARIANTS,
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    StretchConfig,
+    TrainConfig,
+)
 
 MIDDLE = models.preset("middle")
 
@@ -110,6 +120,114 @@ def test_short_first_begins_with_the_fewest_frames():
     assert {schedule[i].frames for i in range(200)} == {8}
     assert {schedule[i].height for i in range(200)} == {98, 126, 224, 392}
     assert {schedule[i].frames for i in range(200, 400)} == {8, 16, 32, 64}
+
+
+CURRICULUM = StretchConfig(variant="static_tokens", curriculum=0.5)
+
+
+def test_a_curriculum_lets_the_buckets_in_from_cheap_to_dear():
+    schedule = buckets.make_schedule(CURRICULUM, MIDDLE, 6000, seed=0)
+    cost = [(b.tokens(), b.frames * b.height * b.width) for b in schedule.buckets]
+    order = sorted(range(16), key=cost.__getitem__)
+    first = [int(np.flatnonzero(schedule.which == i)[0]) for i in order]
+    assert first == sorted(first) and first[0] == 0
+    for rank, step in enumerate(first[1:], 1):  # stage `rank` begins at step 200 rank
+        assert 200 * rank <= step < 200 * rank + 100
+    names = [str(schedule.buckets[i]) for i in order]
+    assert names[:2] == ["8x98x98/7", "8x126x126/9"] and names[-1] == "64x392x392/28"
+    counts = np.bincount(schedule.which[:3000], minlength=16)[order]
+    assert counts[0] > 2 * counts[7] > 2 * counts[-1] == 0  # the last comes in at the end
+    later = np.bincount(schedule.which[3000:], minlength=16) / 3000
+    np.testing.assert_allclose(later, 1 / 16, atol=0.015)
+
+
+def test_after_the_curriculum_the_draws_are_the_usual_ones():
+    plain = buckets.make_schedule(StretchConfig(variant="flex_all"), MIDDLE, 900, seed=5)
+    stretch = StretchConfig(variant="flex_all", curriculum=0.4)
+    schedule = buckets.make_schedule(stretch, MIDDLE, 900, seed=5)
+    np.testing.assert_array_equal(schedule.which[360:], plain.which[360:])
+    assert not np.array_equal(schedule.which[:360], plain.which[:360])
+    again = buckets.make_schedule(stretch, MIDDLE, 900, seed=5)
+    np.testing.assert_array_equal(again.which, schedule.which)
+
+
+def test_a_curriculum_orders_by_tokens_before_pixels():
+    stretch = StretchConfig(variant="spatial", frames=(8, 16), sizes=(96, 384), curriculum=1.0)
+    schedule = buckets.make_schedule(stretch, MIDDLE, 3000, seed=1)
+    # 8x384 has eight times the tokens of 16x96; 16x384 would come in with step 3000
+    stages = [{str(schedule[i]) for i in range(n, n + 1000)} for n in (0, 1000, 2000)]
+    order = ["8x96x96/16", "16x96x96/16", "8x384x384/16"]
+    assert stages == [set(order[:1]), set(order[:2]), set(order)]
+
+
+def test_a_single_bucket_needs_no_curriculum():
+    stretch = StretchConfig(variant="vanilla", curriculum=0.5)
+    assert set(buckets.make_schedule(stretch, MIDDLE, 10, seed=0).which) == {0}
+
+
+def test_epochs_end_where_they_should_under_a_curriculum():
+    config = Config(
+        model=MIDDLE,
+        stretch=StretchConfig(variant="spatial", curriculum=0.6),
+        data=DataConfig(train="x.txt", tokens_per_batch=40000),
+        train=TrainConfig(epochs=20.0, seed=2),
+    )
+    schedule = buckets.make_run_schedule(config, 200)
+    assert min(schedule.batch_sizes) < max(schedule.batch_sizes)
+    assert schedule.offsets[-1] >= 4000
+    config.train = TrainConfig(steps=len(schedule) - 1, seed=2)
+    assert buckets.make_run_schedule(config, 200).offsets[-1] < 4000
+
+
+DIGESTS = {0.0: "0059efa88d877a50", 0.45: "82d5be87c2bdf4b4"}
+
+
+@pytest.mark.parametrize("short_first", DIGESTS)
+def test_schedules_stay_as_runs_were_begun_with_them(short_first):
+    # The demo's, which a run that goes on depends on.
+    stretch = StretchConfig(frames=(2, 4, 8), sizes=(28, 56, 112), short_first=short_first)
+    model = models.preset("micro", frames=4)
+    which = buckets.make_schedule(stretch, model, 2100, seed=0).which
+    digest = hashlib.sha256(which.astype("<i4").tobytes()).hexdigest()
+    assert digest[:16] == DIGESTS[short_first]
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "vanilla"])
+def test_the_teacher_is_the_largest_scale(variant):
+    stretch = StretchConfig(variant=variant, distill=1.0)
+    teacher = buckets.find_teacher(stretch, MIDDLE)
+    every = [b for b, _ in buckets.training_buckets(stretch, MIDDLE)]
+    for name in ("frames", "height", "width"):
+        assert getattr(teacher, name) == max(getattr(b, name) for b in every)
+    same = [b for b in every if (b.frames, b.height) == (teacher.frames, teacher.height)]
+    assert teacher.tokens() == max(b.tokens() for b in same)
+    schedule = buckets.make_schedule(stretch, MIDDLE, 3000, seed=0)
+    assert schedule.teacher == teacher and set(schedule.buckets) == set(every) - {teacher}
+    assert set(schedule.which) == set(range(len(every) - 1))
+    assert set(schedule.loaded.buckets) == {teacher}
+    np.testing.assert_array_equal(schedule.loaded.which, schedule.which)
+
+
+def test_distillation_takes_several_scales():
+    stretch = StretchConfig(frames=(8,), sizes=(98,), distill=1.0)
+    with pytest.raises(ConfigError, match=r"takes several scales, but there is only 8x98x98/7"):
+        buckets.make_schedule(stretch, MIDDLE, 10, seed=0)
+    plain = buckets.make_schedule(StretchConfig(), MIDDLE, 10, seed=0)
+    assert plain.teacher is None and plain.loaded is plain
+
+
+def test_a_token_budget_counts_the_teacher():
+    config = Config(
+        model=MIDDLE,
+        stretch=StretchConfig(frames=(8, 64), sizes=(98, 224), distill=0.5),
+        data=DataConfig(train="x.txt", tokens_per_batch=100000),
+        train=TrainConfig(steps=4),
+    )
+    schedule = buckets.make_run_schedule(config, 10)
+    assert [str(b) for b in schedule.buckets] == ["8x98x98/7", "8x224x224/16", "64x98x98/7"]
+    eight, long = 1 + 8 * 196, 1 + 64 * 196
+    wanted = (100000 // (eight + long), 100000 // (eight + long), 100000 // (2 * long))
+    assert schedule.batch_sizes == wanted == schedule.loaded.batch_sizes
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

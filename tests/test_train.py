@@ -20,7 +20,8 @@ from stretchysnake_jax.clock import Progress
 from stretchysnake_jax.config import ConfigError
 from stretchysnake_jax.data.pipeline import TooManyUnreadable
 from stretchysnake_jax.metrics import read_lines
-from stretchysnake_jax.train import TrainingError, claim, train
+from stretchysnake_jax.run import claim
+from stretchysnake_jax.train import TrainingError, train
 
 NUMBERS = ("step", "bucket", "loss", "top1", "grad_norm", "learning_rate")
 

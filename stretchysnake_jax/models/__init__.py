@@ -10,23 +10,27 @@ from stretchysnake_jax.models.videomamba import VideoMamba, normalise
 __all__ = ["PRESETS", "count", "init", "make_apply", "normalise", "preset"]
 
 
-def _build(config: ModelConfig, dtype, key) -> VideoMamba:
-    return VideoMamba(config, dtype, nnx.Rngs(params=key))
+def _build(config: ModelConfig, dtype, key, **options) -> VideoMamba:
+    return VideoMamba(config, dtype, nnx.Rngs(params=key), **options)
 
 
-def make_apply(config: ModelConfig, dtype: str = "float32"):
+def make_apply(config: ModelConfig, dtype: str = "float32", mesh=None, remat: str = "none"):
     """The encoder as a pure function of plain parameters.
 
     Args:
       config: the encoder.
       dtype: of the computation, "float32" or "bfloat16".
+      mesh: the devices that batch and tokens are spread over, see `sharding`; None: one device.
+      remat: what the gradient computes again instead of keeping it, one of `config.REMAT`.
 
     Returns:
       apply(params, video, key=None, output="logits"), see `VideoMamba.__call__`. `params` may be
       interpolated to another scale.
     """
     graph, _ = nnx.split(
-        nnx.eval_shape(lambda: _build(config, jnp.dtype(dtype), jax.random.key(0)))
+        nnx.eval_shape(
+            lambda: _build(config, jnp.dtype(dtype), jax.random.key(0), mesh=mesh, remat=remat)
+        )
     )
 
     def apply(params, video, key=None, output="logits"):

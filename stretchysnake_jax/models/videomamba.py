@@ -8,17 +8,24 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding
 from stretchysnake_kernels.dispatch import platform
 
 from stretchysnake_jax.config import ModelConfig
 from stretchysnake_jax.models.mamba import BidirectionalMixer, linear, uniform
+from stretchysnake_jax.sharding import TOKENS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 NORM_EPS = 1e-5
+# Of `train.remat`: "block" keeps a block's input alone; "matmuls" what its projections gave, too.
+POLICIES = {
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
-def normalise(video, how: str):
+def normalise(video, how: str, valid=None):
     """Turns pixels into the encoder's input.
 
     Args:
@@ -26,6 +33,7 @@ def normalise(video, how: str):
       how: "imagenet": scaled to [0, 1], minus ImageNet's mean, over its standard deviation.
         "clip": minus the clip's own mean of each channel, over its own deviation (plus 3 grey
         levels, so that a flat clip stays flat).
+      valid: bool (height, width), which pixels are the clip's; None: all.
 
     Returns:
       float32, the same shape.
@@ -33,8 +41,10 @@ def normalise(video, how: str):
     video = video.astype(jnp.float32)
     if how == "imagenet":
         return (video / 255 - jnp.array(IMAGENET_MEAN)) / jnp.array(IMAGENET_STD)
-    video = video - video.mean((1, 2, 3), keepdims=True)
-    return video / (jnp.sqrt((video**2).mean((1, 2, 3), keepdims=True)) + 3.0)
+    if valid is not None:
+        valid = valid[..., None]
+    video = video - video.mean((1, 2, 3), keepdims=True, where=valid)
+    return video / (jnp.sqrt((video**2).mean((1, 2, 3), keepdims=True, where=valid)) + 3.0)
 
 
 def drop_path(x, rate, key):
@@ -82,9 +92,9 @@ class Block(nnx.Module):
         self.norm = nnx.RMSNorm(config.dim, epsilon=NORM_EPS, dtype=dtype, rngs=rngs)
         self.mixer = BidirectionalMixer(config, dtype, rngs)
 
-    def __call__(self, residual):
-        """(B, L, dim) float32 -> (B, L, dim), what is added to it."""
-        return self.mixer(self.norm(residual))
+    def __call__(self, residual, mesh=None, length=None):
+        """(B, L, dim) float32 -> (B, L, dim), what is added to it; `mesh` as of the mixer."""
+        return self.mixer(self.norm(residual), mesh, length)
 
 
 class VideoMamba(nnx.Module):
@@ -94,10 +104,13 @@ class VideoMamba(nnx.Module):
       config: its shape.
       dtype: of the computation; parameters, the residual stream and scan states stay float32.
       rngs: for the initial weights.
+      mesh: the devices that batch and tokens are spread over; None: one device.
+      remat: what the gradient computes again instead of keeping it, one of `config.REMAT`.
     """
 
-    def __init__(self, config: ModelConfig, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype, rngs: nnx.Rngs, mesh=None, remat="none"):
         self.config = config
+        self.mesh, self.remat = mesh, remat
         self.patch_embed = PatchEmbed(config, dtype, rngs)
         self.cls_token = nnx.Param(jnp.zeros((config.dim,)))
         self.pos_embed = PosEmbed(config, rngs)
@@ -153,23 +166,35 @@ class VideoMamba(nnx.Module):
         rates = jnp.linspace(0.0, rate, depth)
         dropping = key is not None and rate > 0
         keys = jax.random.split(key, depth) if dropping else jnp.zeros((depth, 0))
+        length = tokens.shape[1]
 
         def step(residual, layer):
             params, rate, key = layer
-            hidden = nnx.merge(graph, params)(residual)
+            if self.mesh is not None:
+                spread = NamedSharding(self.mesh, TOKENS)
+                residual = lax.with_sharding_constraint(residual, spread)
+            hidden = nnx.merge(graph, params)(residual, self.mesh, length)
             if dropping:
                 hidden = drop_path(hidden, rate, key)
             return residual + hidden.astype(jnp.float32), None
 
-        if platform() == "cpu":
+        if self.mesh is not None:  # every device gets as many tokens
+            spare = -length % self.mesh.shape["sequence"]
+            tokens = jnp.pad(tokens, ((0, 0), (0, spare), (0, 0)))
+        unrolled = platform() == "cpu"
+        if self.remat != "none":  # XLA would undo it unless it is told not to; a scan can't be
+            policy = POLICIES[self.remat]
+            step = jax.checkpoint(step, policy=policy, prevent_cse=unrolled)
+        if unrolled:
             # Unrolled layers run 20 to 60 % faster on CPU; elsewhere compile time decides.
             leaves, tree = jax.tree.flatten(stacked)
             split = [lax.split(leaf, (1,) * depth) for leaf in leaves]
             for i in range(depth):
                 params = jax.tree.unflatten(tree, [parts[i][0] for parts in split])
                 tokens, _ = step(tokens, (params, rates[i], keys[i]))
-            return tokens
-        return lax.scan(step, tokens, (stacked, rates, keys))[0]
+        else:
+            tokens, _ = lax.scan(step, tokens, (stacked, rates, keys))
+        return tokens[:, :length]
 
     def __call__(self, video, key=None, output: str = "logits"):
         """Encodes a normalised video.

@@ -1,11 +1,11 @@
-"""Device memory of the training step, from compiling it."""
+"""What a training step takes, from compiling it."""
 
 import dataclasses
 
 import pytest
 from stretchysnake_bench import aot
 
-from stretchysnake_jax import cli, memory
+from stretchysnake_jax import cli, compile_report
 from stretchysnake_jax.step import init_state
 
 needs_compiler = pytest.mark.skipif(
@@ -14,28 +14,29 @@ needs_compiler = pytest.mark.skipif(
 
 
 def test_one_row_per_bucket_and_one_compilation_per_trunk(tiny_config):
-    rows = list(memory.measure(tiny_config))
-    assert [(b.frames, b.height) for b, _ in rows] == [(2, 8), (2, 16), (2, 24)]
-    found = rows[0][1]
-    assert all(other is found for _, other in rows)  # static tokens: one trunk
+    rows = list(compile_report.measure(tiny_config))
+    assert [(c.bucket.frames, c.bucket.height) for c in rows] == [(2, 8), (2, 16), (2, 24)]
+    found = rows[0]
+    assert all(other.temporary == found.temporary for other in rows)
+    assert rows[1].seconds < 0.5 * found.seconds  # static tokens: one trunk
     # Parameters, two moments, and two step counts.
     state = init_state(tiny_config, 1)
-    assert found.state == memory.size(state) > 3 * memory.size(state["params"])
-    assert found.batch == 3 * (2 * 16 * 16 * 3 + 2) * 4
-    assert found.total > found.temporary > found.batch
+    assert found.state == compile_report.size(state) > 3 * compile_report.size(state["params"])
+    assert found.clips == 3 * (2 * 16 * 16 * 3 + 2) * 4
+    assert found.total > found.temporary > found.clips
 
 
 def test_memory_grows_linearly_with_the_batch(tiny_config):
     def temporary(batch_size):
         tiny_config.data = dataclasses.replace(tiny_config.data, batch_size=batch_size)
-        return next(memory.measure(tiny_config))[1].temporary
+        return next(compile_report.measure(tiny_config)).temporary
 
     small, large = temporary(32), temporary(64)
     assert 1.5 < large / small < 2.1
 
 
 def test_the_command(tiny_config_file, capsys):
-    argv = ["inspect", "memory", "--config", str(tiny_config_file)]
+    argv = ["inspect", "compile", "--config", str(tiny_config_file)]
     assert cli.main([*argv, "--implementations", "xla,reference"]) == 0
     table = capsys.readouterr().out
     assert "xla   reference" in table and "2x24x24/6" in table
@@ -59,8 +60,22 @@ def test_our_kernels_need_less_memory_on_a_gpu(tiny_config):
     tiny_config.model.size = (56, 56)
 
     def temporary(implementation):
-        return next(memory.measure(tiny_config, "h100", implementation))[1].temporary
+        return next(compile_report.measure(tiny_config, "h100", implementation)).temporary
 
     ours = temporary("pallas")
     assert ours < 0.6 * temporary("xla")
     assert ours < 0.1 * temporary("reference")
+
+
+def test_a_batch_that_fits_is_suggested(tiny_config):
+    cost = next(compile_report.measure(tiny_config))
+    assert cost.fits and cost.flops > 0
+    tight = dataclasses.replace(cost, limit=int(cost.total / compile_report.USABLE) + 1)
+    assert tight.fits and tight.suggested_batch() == cost.batch
+    assert tight.suggested_batch(2) == cost.batch // 2 * 2
+    over = dataclasses.replace(tight, limit=tight.limit - 2)
+    assert not over.fits and over.suggested_batch() == cost.batch - 1
+    none = dataclasses.replace(cost, limit=cost.state)
+    assert none.suggested_batch() == 0
+    unknown = dataclasses.replace(cost, limit=None)
+    assert unknown.fits is None and unknown.suggested_batch() is None
