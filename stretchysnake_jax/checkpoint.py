@@ -11,6 +11,7 @@ All of Orbax that the project uses is in this file.
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -30,14 +31,24 @@ BEST_BY = "val_top1"
 PROGRESS = "progress.json"
 DIGESTS = "SHA256SUMS"
 
-# Each of Orbax's threads would print the traceback of what is raised here as one plain error.
-logging.getLogger("absl").addFilter(lambda r: not (r.exc_info and "orbax" in r.pathname))
-
 
 class CheckpointFailed(RuntimeError):
     """A checkpoint that can't be written, or none that can be read; the message is for the user."""
 
     plain = True
+
+
+@functools.cache
+def _print_no_tracebacks() -> None:
+    """Keeps threads of Orbax and TensorStore from printing what is raised here as one error."""
+    logging.getLogger("absl").addFilter(lambda r: not (r.exc_info and "orbax" in r.pathname))
+    hook = sys.unraisablehook
+
+    def filtered(raised):  # after a write went wrong, others end that no one waits for
+        if str(raised.exc_value) != "Event loop is closed":
+            hook(raised)
+
+    sys.unraisablehook = filtered
 
 
 def _abstract(tree):
@@ -98,6 +109,7 @@ class Checkpoints:
         if not write and not self._folder.is_dir():
             raise ConfigError(f"{workdir} holds no checkpoint: train first")
         if write:
+            _print_no_tracebacks()
             self._folder.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
                 self._clean_up("*")

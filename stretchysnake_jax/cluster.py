@@ -73,7 +73,7 @@ def find(environment: collections.abc.Mapping[str, str]) -> dict | None:
         return _checked(
             given["JAX_COORDINATOR_ADDRESS"],
             given["JAX_NUM_PROCESSES"],
-            given.get("JAX_PROCESS_ID", rank),
+            given.get("JAX_PROCESS_ID") or rank or "",
         )
     if int(env.get("SLURM_JOB_NUM_NODES", 1)) > 1:
         raise ConfigError(

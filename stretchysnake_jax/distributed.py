@@ -154,11 +154,11 @@ class Watch:
     if it died, 1 if it failed. Alone, it does nothing.
 
     Args:
-      say: prints a sentence, on every process and from any thread.
+      say: prints a sentence, on every process and from any thread; on standard error unless given.
     """
 
-    def __init__(self, say: collections.abc.Callable[[str], None]):
-        self._say = say
+    def __init__(self, say: collections.abc.Callable[[str], None] | None = None):
+        self._say = say or _print
 
     def __enter__(self):
         if _job:
@@ -239,6 +239,8 @@ def _dead(job: Job) -> list[int]:
     silent = [p for p, (_, seen) in job.signs.items() if job.read - seen > SILENT]
     if silent or job.process == 0:
         return sorted(silent)
+    if time.monotonic() - job.read > SILENT:
+        return [0]  # which holds the store, and did not answer
     host, _, port = job.coordinator.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from stretchysnake_jax import config as config_lib
+from stretchysnake_jax.buckets import Schedule
 from stretchysnake_jax.clock import Progress
 from stretchysnake_jax.config import Config, ConfigError
 from stretchysnake_jax.data import decode, stick_actions
@@ -128,13 +129,16 @@ def settle_batches(config: Config, workdir: pathlib.Path, parts: int) -> Config:
     return config
 
 
-def fingerprint(clips: ClipList) -> str:
-    """A digest of a list: its paths, labels, classes and windows."""
+def fingerprints(clips: ClipList, schedule: Schedule) -> dict[str, str]:
+    """Digests of the clips (paths, labels, classes, windows) and of the schedule of scales."""
     parts = [clips.paths, clips.labels.tolist(), clips.classes]
     if clips.windows is not None:
         parts += [clips.windows.tolist(), clips.unit]
-    text = json.dumps(parts)
-    return hashlib.sha256(text.encode()).hexdigest()
+    scales = repr((schedule.buckets, schedule.batch_sizes)).encode() + schedule.which.tobytes()
+    return {
+        "clips": hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
+        "schedule": hashlib.sha256(scales).hexdigest(),
+    }
 
 
 def _get(config: Config, name: str):
@@ -143,13 +147,18 @@ def _get(config: Config, name: str):
     return config
 
 
-def check_clips(config: Config, workdir: pathlib.Path, then: str, now: str) -> None:
-    """Raises ConfigError if the fingerprint of the clips has changed since the run was begun."""
-    if then != now:
+def check_fingerprints(config: Config, workdir: pathlib.Path, then: dict, now: dict) -> None:
+    """Raises ConfigError if a run can't go on as it was: other clips, or another schedule."""
+    name = config.data.train or config.data.dataset
+    if then["clips"] != now["clips"]:
         raise ConfigError(
-            f"{config.data.train or config.data.dataset} has changed since {workdir} was begun: "
-            "the run can't go on as it was; take a new workdir, with --config.train.init_from for "
-            "its weights"
+            f"{name} has changed since {workdir} was begun: the run can't go on as it was; take a "
+            "new workdir, with --config.train.init_from for its weights"
+        )
+    if then["schedule"] != now["schedule"]:
+        raise ConfigError(
+            f"{workdir} was begun by another version, whose schedule of scales was another: go on "
+            "with that one, or take a new workdir, with --config.train.init_from for its weights"
         )
 
 

@@ -4,6 +4,7 @@ stretchysnake train --config configs/stick_actions.py --workdir runs/stick
 """
 
 import argparse
+import contextlib
 import math
 import pathlib
 import signal
@@ -99,10 +100,10 @@ def train(config: Config, workdir, progress: Progress | None = None, profile=Non
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(workdir, cfg.keep, say=say, keep_every=cfg.keep_every)
     run.claim(workdir, config, clips.classes, begun=bool(checkpoints.steps))
-    state, saved, digest = init_state(config, steps, mesh), {}, run.fingerprint(clips)
+    state, saved, digests = init_state(config, steps, mesh), {}, run.fingerprints(clips, schedule)
     if checkpoints.steps:
         state, saved = checkpoints.restore(state)
-        run.check_clips(config, workdir, saved["clips"], digest)
+        run.check_fingerprints(config, workdir, saved, digests)
         say(f"continuing {workdir} at step {int(state['step'])} of {steps}")
     elif cfg.init_from:
         state = run.start_from(config, state, say)
@@ -122,8 +123,9 @@ def train(config: Config, workdir, progress: Progress | None = None, profile=Non
     )
 
     def save(metrics=None):
-        done = {"elapsed": clock.elapsed, "unreadable": tally.state(), "clips": digest}
-        checkpoints.save(state, done, metrics)
+        samples = int(schedule.offsets[int(state["step"])])
+        done = {"elapsed": clock.elapsed, "samples": samples, "unreadable": tally.state()}
+        checkpoints.save(state, done | digests, metrics)
 
     # 3. Every program is compiled ahead, in threads, in the order in which the run meets it. The
     # loop waits for one that isn't ready; it compiles nothing.
@@ -146,7 +148,10 @@ def train(config: Config, workdir, progress: Progress | None = None, profile=Non
         shard_index=share[0],
         shard_count=share[1],
     )
-    with StopOnSignal() as stop, batches, Ahead(jobs) as ahead:
+    with contextlib.ExitStack() as stack:
+        for thing in (checkpoints, log, profiler, batches):
+            stack.enter_context(contextlib.closing(thing))
+        stop, ahead = stack.enter_context(StopOnSignal()), stack.enter_context(Ahead(jobs))
         for step in range(start + 1, steps + 1):
             profiler.step(step)
             before = clock.elapsed
@@ -190,9 +195,6 @@ def train(config: Config, workdir, progress: Progress | None = None, profile=Non
                 break
         else:
             ahead.wait()  # raises what went wrong in a thread
-    profiler.close()
-    checkpoints.close()
-    log.close()
     if step < steps:
         name = signal.Signals(stopping).name
         say(f"{name}: saved step {step} of {steps}; start again to continue")
@@ -293,7 +295,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(rest)
     steps = None if args.profile is None else parse_steps(args.profile)
     distributed.start()
-    with distributed.Watch(print):
+    with distributed.Watch():
         keep_programs(config.train.compilation_cache)
         return train(config, args.workdir, profile=steps)
 

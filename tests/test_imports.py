@@ -38,6 +38,8 @@ ALLOWED = {
     },
     "clock": set(),
     "metrics": {"config", "whole_file"},
+    "cluster": {"config"},
+    "distributed": {"cluster"},
     "checkpoint": {"clock", "config"},
 }
 # A command may use the words of another's command line, and the demo runs them all.
