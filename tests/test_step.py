@@ -1,11 +1,15 @@
 """The training and evaluation steps: compilations, the execution plan, masks, and the loss."""
 
+import collections
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from stretchysnake_jax import compile as compile_lib
 from stretchysnake_jax import models
 from stretchysnake_jax.buckets import make_bucket, training_buckets
 from stretchysnake_jax.step import (
@@ -146,3 +150,89 @@ def test_bfloat16_training_follows_float32(tiny_config):
         assert {x.dtype for x in jax.tree.leaves(state["params"])} == {np.dtype("float32")}
     assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.05)
     assert losses["bfloat16"] != losses["float32"]
+
+
+@pytest.mark.parametrize("remat", ["block", "matmuls"])
+def test_recomputation_saves_memory_and_changes_nothing(tiny_config, remat):
+    tiny_config.model.depth = 4
+    bucket = make_bucket("static_tokens", 2, (16, 16), tiny_config.model)
+    found = {}
+    for how in ("none", remat):
+        tiny_config.train.remat = how
+        step, batch = TrainStep(tiny_config, 5), make_batch(bucket, n=16)
+        temporary = step.compile(bucket, 16)["trunk"].temporary
+        _, metrics = step(init_state(tiny_config, 5), batch, bucket)
+        found[how] = temporary, float(metrics["loss"]), float(metrics["grad_norm"])
+    assert found[remat][0] < 0.75 * found["none"][0]
+    assert found[remat][1:] == pytest.approx(found["none"][1:], rel=1e-5)
+
+
+def test_parts_of_a_batch_add_up_to_it(tiny_config):
+    tiny_config.model.drop_path = 0.0
+    bucket = make_bucket("static_tokens", 2, (16, 16), tiny_config.model)
+    batch, found = make_batch(bucket, n=6), []
+    batch["mask"][[0, 5]] = 0
+    for parts in (1, 3):
+        tiny_config.train.accumulate = parts
+        _, metrics = TrainStep(tiny_config, 5)(init_state(tiny_config, 5), batch, bucket)
+        found.append([float(metrics[name]) for name in ("loss", "top1", "grad_norm")])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_a_run_compiles_nothing_but_what_was_planned(tiny_config):
+    step, state = TrainStep(tiny_config, 10), init_state(tiny_config, 10)
+    planned, other = (
+        make_bucket("static_tokens", 2, (size, size), tiny_config.model) for size in (8, 16)
+    )
+    step.ahead = {(planned, 3)}
+    state, _ = step(state, make_batch(planned), planned)
+    with pytest.raises(RuntimeError, match="2x16x16/4 weren't to be compiled ahead"):
+        step(state, make_batch(other), other)
+
+
+def test_unseen_resolutions_share_programs(tiny_config):
+    """Patches of 5 to 8 pixels lie in cells of 6 or 8: a program each, and one trunk."""
+    predict = EvalStep(tiny_config.model, tiny_config.stretch, "float32", exact={(2, 2)})
+    _, params = models.init(tiny_config.model, jax.random.key(0))
+    for size in (20, 21, 24, 25, 30, 31):
+        bucket = make_bucket("static_tokens", 2, (size, size), tiny_config.model)
+        predict(params, make_batch(bucket)["video"], bucket)
+    assert predict.stem.traces.total() == 2 and predict.trunk._cache_size() == 1
+
+
+def test_compiling_ahead_asks_for_each_program_once(tiny_config):
+    calls = collections.Counter()
+
+    @jax.jit
+    def function(x):
+        calls["traced"] += 1
+        time.sleep(0.2)
+        return x + 1
+
+    programs, shape = compile_lib.Programs(), jax.ShapeDtypeStruct((3,), jnp.float32)
+    with compile_lib.Ahead([lambda: programs.get("f", function, shape)] * 4, threads=4) as ahead:
+        found = ahead.wait()
+    assert calls["traced"] == 1 and len(programs) == 1 and len(set(map(id, found))) == 1
+    np.testing.assert_array_equal(found[0].run(np.zeros(3, np.float32)), 1)
+    assert found[0].seconds >= 0.2 and found[0].arguments == 12
+
+
+def test_what_goes_wrong_in_a_thread_is_raised(tiny_config):
+    def fail():
+        raise MemoryError("too large")
+
+    with compile_lib.Ahead([fail]) as ahead, pytest.raises(MemoryError, match="too large"):
+        ahead.wait()
+
+
+def test_ema_follows_the_weights(tiny_config):
+    tiny_config.optim.ema = 0.9
+    bucket = make_bucket("static_tokens", 2, (16, 16), tiny_config.model)
+    step, state = TrainStep(tiny_config, 10), init_state(tiny_config, 10)
+    first = jax.tree.map(np.array, state["params"])
+    state, _ = step(state, make_batch(bucket), bucket)
+    for path, ema in jax.tree.leaves_with_path(state["ema"]):
+        old, new = first, state["params"]
+        for key in path:
+            old, new = old[key.key], new[key.key]
+        np.testing.assert_allclose(ema, 0.1 * old + 0.9 * np.asarray(new), atol=1e-6)
