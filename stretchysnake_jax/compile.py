@@ -103,8 +103,11 @@ class Ahead:
 def keep_programs(folder: str) -> None:
     """Keeps compiled programs in a folder for later processes, unless the user chose one.
 
+    Not on CPUs: machines with other instructions may share the folder.
+
     Args:
       folder: created when needed; "": nothing is kept.
     """
-    if folder and not jax.config.jax_compilation_cache_dir:
+    chosen = jax.config.jax_compilation_cache_dir
+    if folder and not chosen and jax.default_backend() != "cpu":
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
