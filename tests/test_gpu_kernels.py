@@ -110,7 +110,7 @@ def test_export_without_the_gpu(implementation):
 
     @jax.jit
     def gradients(args, cotangents):
-        with gpu.compile_for(proof.find_gpu("9.0")):
+        with gpu.compile_for(aot.find_gpu("9.0")):
             remat = jax.checkpoint(functools.partial(proof.run, case, implementation))
             return remat(args, cotangents)
 

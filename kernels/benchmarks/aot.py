@@ -34,6 +34,7 @@ from jax.api_util import shaped_abstractify
 from jax.experimental import topologies
 from jax.extend import core as jax_core
 from stretchysnake_bench.ptx_emulator import Kernel
+from stretchysnake_kernels.selective_scan import gpu
 
 # Compute capability -> the device whose description is in targets/.
 TARGETS = {
@@ -140,14 +141,12 @@ def target_device(target: str):
     """
     if reason := missing_packages():
         raise AotUnavailable(reason)
-    name = TARGETS[capability_of(target)]
-    text = (pathlib.Path(__file__).parent / "targets" / f"{name}.txtpb").read_text()
     describe = functools.partial(
         topologies.get_topology_desc,
         platform="cuda",
         topology_name="",
         topology="1x1x1",
-        target_config=text,
+        target_config=_description(target),
     )
     jax.devices()  # JAX looks for plugins here
     try:
@@ -186,6 +185,26 @@ def capability_of(target: str) -> str:
         known = [f"{capability} ({name})" for capability, name in TARGETS.items()]
         raise ValueError(f"target is {target!r}, takes one of {', '.join(known)}")
     return names.get(target, target)
+
+
+def _description(target: str) -> str:
+    name = TARGETS[capability_of(target)]
+    return (pathlib.Path(__file__).parent / "targets" / f"{name}.txtpb").read_text()
+
+
+def device_memory(target: str) -> int:
+    """Returns the bytes of memory of the device in targets/."""
+    return int(re.search(r"device_memory_size: (\d+)", _description(target))[1])
+
+
+def find_gpu(target: str) -> gpu.Target:
+    """Returns what to trace for, with the multiprocessors of the device in targets/.
+
+    Raises:
+      ValueError: no such target.
+    """
+    capability = tuple(int(part) for part in capability_of(target).split("."))
+    return gpu.Target(capability, int(re.search(r"core_count: (\d+)", _description(target))[1]))
 
 
 def as_if_on(device):
@@ -261,15 +280,14 @@ def _read_dump(folder: pathlib.Path, ours: set[str]):
 def _mosaic_dump(folder):
     """Lets Mosaic write its kernels into `folder`; it takes that from the environment only."""
     names = {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1"}
-    before = {name: os.environ.get(name) for name in names}
+    before = {name: os.environ[name] for name in names if name in os.environ}
     os.environ.update(names)
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+        for name in names:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 @contextlib.contextmanager
@@ -360,13 +378,11 @@ def _read_triton_call(module) -> tuple[CompiledKernel, list]:
 
 
 def _find_custom_call(operation):
-    for region in operation.regions:
-        for block in region.blocks:
-            for inner in block.operations:
-                if inner.operation.name == "stablehlo.custom_call":
-                    return inner.operation
-                if found := _find_custom_call(inner.operation):
-                    return found
+    for inner in (op.operation for r in operation.regions for b in r.blocks for op in b.operations):
+        if inner.name == "stablehlo.custom_call":
+            return inner
+        if found := _find_custom_call(inner):
+            return found
     return None
 
 
@@ -404,16 +420,13 @@ def is_kernel(eqn):
 
 def inner_jaxprs(eqn):
     """The jaxprs among the parameters of an equation."""
-    leaves = jax.tree.leaves(
-        list(eqn.params.values()),
-        is_leaf=lambda x: isinstance(x, jax_core.Jaxpr | jax_core.ClosedJaxpr),
-    )
-    return [leaf for leaf in leaves if isinstance(leaf, jax_core.Jaxpr | jax_core.ClosedJaxpr)]
+    kinds = jax_core.Jaxpr | jax_core.ClosedJaxpr
+    leaves = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: isinstance(x, kinds))
+    return [leaf for leaf in leaves if isinstance(leaf, kinds)]
 
 
 def find_kernels(jaxpr) -> list:
     """The equations that call kernels, those in inner jaxprs too."""
-    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, jax_core.ClosedJaxpr) else jaxpr
     found = []
     for eqn in jaxpr.eqns:
         found += [eqn] if is_kernel(eqn) else []

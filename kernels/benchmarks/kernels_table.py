@@ -103,7 +103,7 @@ def plan(implementations: Sequence[str], targets: Sequence[str], say):
     for implementation in implementations:
         for target in targets:
             try:
-                with gpu.compile_for(proof.find_gpu(target)):
+                with gpu.compile_for(aot.find_gpu(target)):
                     call = proof.Case("", 8)
                     jax.eval_shape(lambda *a, c=call, i=implementation: proof.run(c, i, *a),
                                    *proof.draw(call))  # fmt: skip

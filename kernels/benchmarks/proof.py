@@ -12,17 +12,10 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-from stretchysnake_bench import aot, emulate, roofline, sass
+from stretchysnake_bench import aot, emulate, sass
 from stretchysnake_bench.prediction import count_per_token
 from stretchysnake_bench.ptx_emulator import worst_case
-from stretchysnake_kernels.selective_scan import (
-    api,
-    fused,
-    gpu,
-    mosaic_gpu,
-    pallas,
-    triton,
-)
+from stretchysnake_kernels.selective_scan import api, fused, gpu, mosaic_gpu, pallas, triton
 from stretchysnake_kernels.selective_scan.arg_specs import ArgSpec, make_args
 
 MAKERS = {
@@ -116,20 +109,6 @@ def launches(implementation: str, backward: bool = True) -> list[Launch]:
     ]
 
 
-def find_gpu(target: str) -> gpu.Target:
-    """Returns what to trace for; the number of multiprocessors is that of the device in targets/.
-
-    Raises:
-      ValueError: no such target.
-    """
-    device = next((d for d in roofline.DEVICES if d.capability == target), None)
-    if device is None:
-        known = ", ".join(dict.fromkeys(d.capability for d in roofline.DEVICES))
-        raise ValueError(f"no GPU of compute capability {target} is known, takes one of {known}")
-    capability = tuple(int(part) for part in target.split("."))
-    return gpu.Target(capability, device.cores)
-
-
 def compile_launch(implementation: str, launch: Launch, target: str):
     """Compiles one kernel.
 
@@ -155,8 +134,8 @@ def compile_launch(implementation: str, launch: Launch, target: str):
         bias=vector,
         start=shape((*tokens[:2], launch.states, CHANNELS), jnp.float32),
     )
-    with gpu.compile_for(find_gpu(target)):
-        kernels = MAKERS[implementation](find_gpu(target), gpu.Options())
+    with gpu.compile_for(aot.find_gpu(target)):
+        kernels = MAKERS[implementation](aot.find_gpu(target), gpu.Options())
         static = dict(softplus=True, reverse=launch.reverse)
         forward = functools.partial(kernels.forward, save=launch.save, **static)
         if implementation == "mosaic_gpu":
@@ -340,7 +319,7 @@ def check_case(implementation: str, case: Case, target: str) -> dict:
     """
     args, cotangents = draw(case)
     chunks = {} if case.chunks is None else {"chunks": case.chunks}
-    with gpu.compile_for(find_gpu(target)), gpu.options(**chunks):
+    with gpu.compile_for(aot.find_gpu(target)), gpu.options(**chunks):
         (outputs, gradients), runs = emulate.emulate(
             functools.partial(run, case, implementation),
             args,
@@ -366,7 +345,7 @@ TRAFFIC = Case("", 197, channels=128, dtype="bfloat16", directions="both")
 def measure_traffic(implementation: str, target: str) -> list[dict]:
     """Returns the rows of the table of traffic: forward and backward, of one bidirectional call."""
     args, cotangents = draw(TRAFFIC)
-    with gpu.compile_for(find_gpu(target)):
+    with gpu.compile_for(aot.find_gpu(target)):
         _, launched = emulate.emulate(
             functools.partial(run, TRAFFIC, implementation), args, cotangents, target=target
         )

@@ -63,18 +63,36 @@ class Kernels(NamedTuple):
         gradients as Operands in float32 or x's dtype: of decay per video (directions, batch, state,
         channels), of D and bias per video (directions, batch, channels), of z per direction (like
         x), the others like the operand. That of `decay` is taken with respect to A, transposed.
-      states: state sizes the kernels are built for, ascending.
       channels: what the number of channels must be a multiple of.
+      states: state sizes the kernels are built for, ascending.
       dtypes: names of the dtypes of x they take.
       check: called with (operands, reverse) before anything is computed; raises Unsupported.
     """
 
     forward: Callable
     backward: Callable
-    states: tuple[int, ...]
     channels: int
-    dtypes: tuple[str, ...]
-    check: Callable
+    states: tuple[int, ...] = (8, 16, 32)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    check: Callable = lambda operands, reverse: None
+
+
+def backend(find_kernels: Callable[[], Kernels]) -> tuple[Callable, Callable]:
+    """Returns a backend's `selective_scan` and `bidirectional_selective_scan`.
+
+    They compute what api.py documents under these names, and raise what the functions below do.
+
+    Args:
+      find_kernels: returns those to call on the default device, or raises Unsupported.
+    """
+
+    def one(*args, **kwargs):
+        return selective_scan(find_kernels(), *args, **kwargs)
+
+    def both(*args, **kwargs):
+        return bidirectional_selective_scan(find_kernels(), *args, **kwargs)
+
+    return one, both
 
 
 def selective_scan(

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import json
 import math
@@ -72,20 +73,45 @@ class Pass(NamedTuple):
     resident: int
 
 
-class Layout(NamedTuple):
-    """How the tokens and channels of a launch are dealt out.
+@dataclasses.dataclass(frozen=True)  # Triton would take a NamedTuple apart
+class Layout:
+    """How the tokens and channels of a launch are dealt out; a backend's Plan adds to it.
 
     Attributes:
+      length: tokens of a video.
+      channels: a multiple of `block`.
+      states: 8, 16 or 32.
       chunk: tokens of a chunk, a multiple of `span`; the last one may be shorter.
       span: tokens between two saved states, a multiple of `unroll`.
       unroll: tokens per turn of the loop.
       warps: of a program.
     """
 
+    length: int
+    channels: int
+    states: int
     chunk: int
     span: int
     unroll: int
     warps: int
+
+    @property
+    def block(self):
+        """Channels of a program."""
+        return WARP * self.warps
+
+    @property
+    def chunks(self):
+        return -(-self.length // self.chunk)
+
+    @property
+    def spans(self):
+        return -(-self.length // self.span)
+
+    @property
+    def slots(self):
+        """States that the backward pass keeps of a span: one per turn, and the odd tokens'."""
+        return min(self.span, self.length) // self.unroll + self.length % self.unroll
 
 
 class Options(NamedTuple):
@@ -214,6 +240,9 @@ def lay_out(operands, which: Pass, target: Target, options: Options) -> Layout:
         cores, overhead, resident = target.multiprocessors, which.overhead, which.resident
         chunks = choose_chunks(warps, length, span, cores, overhead, resident)
     return Layout(
+        length=length,
+        channels=channels,
+        states=states,
         chunk=math.ceil(length / chunks / span) * span,
         span=span,
         unroll=launch.unroll,

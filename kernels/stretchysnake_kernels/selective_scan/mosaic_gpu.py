@@ -228,30 +228,10 @@ def make_kernels(target, options, detect_races=False) -> fused.Kernels:
     return fused.Kernels(
         forward=functools.partial(_forward, target, options, detect_races),
         backward=pallas.make_kernels(target, options).backward,
-        states=tuple(UNROLL),
         channels=CHANNELS,
-        dtypes=("float32", "bfloat16", "float16"),
-        check=lambda operands, reverse: None,  # _find_target has checked what there is to check
     )
 
 
-def _find_kernels():
-    return make_kernels(_find_target(), gpu.find_options(), _detect_races.get())
-
-
-def selective_scan(*args, **kwargs):
-    """Computes what `api.selective_scan` documents.
-
-    Raises:
-      Unsupported: a dtype, state size or device that the kernels do not take.
-    """
-    return fused.selective_scan(_find_kernels(), *args, **kwargs)
-
-
-def bidirectional_selective_scan(*args, **kwargs):
-    """Computes what `api.bidirectional_selective_scan` documents, both directions in one launch.
-
-    Raises:
-      Unsupported: a dtype, state size or device that the kernels do not take.
-    """
-    return fused.bidirectional_selective_scan(_find_kernels(), *args, **kwargs)
+selective_scan, bidirectional_selective_scan = fused.backend(
+    lambda: make_kernels(_find_target(), gpu.find_options(), _detect_races.get())
+)

@@ -123,12 +123,6 @@ def _backward(operands, checkpoints, d_y, d_last, *, softplus, reverse):
 
 
 KERNELS = fused.Kernels(
-    forward=_forward,
-    backward=_backward,
-    states=(8, 16, 32),
-    channels=16,
-    dtypes=("float32", "bfloat16"),
-    check=_check,
+    _forward, _backward, channels=16, dtypes=("float32", "bfloat16"), check=_check
 )
-selective_scan = functools.partial(fused.selective_scan, KERNELS)
-bidirectional_selective_scan = functools.partial(fused.bidirectional_selective_scan, KERNELS)
+selective_scan, bidirectional_selective_scan = fused.backend(lambda: KERNELS)

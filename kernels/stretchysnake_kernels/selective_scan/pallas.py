@@ -5,6 +5,7 @@ token is then close to the exponentials that it cannot do without. pallas_forwar
 pallas_backward.py hold the kernels; this file chooses how to launch them.
 """
 
+import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -36,14 +37,10 @@ def find_target() -> gpu.Target:
 
 
 def _make_plan(operands, softplus, reverse, which, target, options):
-    _, videos, length, channels = operands.x.shape
     return pallas_plan.Plan(
-        **gpu.lay_out(operands, which, target, options)._asdict(),
+        **vars(gpu.lay_out(operands, which, target, options)),
         reverse=reverse,
-        videos=videos,
-        length=length,
-        channels=channels,
-        states=operands.decay.shape[1],
+        videos=operands.x.shape[1],
         softplus=softplus,
         math=pallas_math.PORTABLE if target.interpret else pallas_math.PTX,
         interpret=target.interpret,
@@ -56,7 +53,7 @@ def _forward(target, options, operands, *, softplus, reverse, save):
     start = pallas_math.group_states(operands.start)
     summary = None
     if plan.chunks > 1:
-        smaller = plan._replace(unroll=SUMMARY_UNROLL[plan.states])
+        smaller = dataclasses.replace(plan, unroll=SUMMARY_UNROLL[plan.states])
         summary = pallas_forward.summarise(operands, decay, plan=smaller)
     y, ends, *saved = pallas_forward.scan(operands, decay, start, summary, plan=plan, save=save)
     return y, pallas_math.ungroup_states(ends[:, :, -1]), tuple(saved)
@@ -95,27 +92,10 @@ def make_kernels(target: gpu.Target, options: gpu.Options) -> fused.Kernels:
     return fused.Kernels(
         forward=functools.partial(_forward, target, options),
         backward=functools.partial(_backward, target, options),
-        states=(8, 16, 32),
-        channels=pallas_math.WARP,
-        dtypes=("float32", "bfloat16", "float16"),
-        check=lambda operands, reverse: None,  # find_target has checked what there is to check
+        channels=gpu.WARP,
     )
 
 
-def selective_scan(*args, **kwargs):
-    """Computes what `api.selective_scan` documents.
-
-    Raises:
-      Unsupported: a dtype, state size or device that the kernels do not take.
-    """
-    return fused.selective_scan(make_kernels(find_target(), gpu.find_options()), *args, **kwargs)
-
-
-def bidirectional_selective_scan(*args, **kwargs):
-    """Computes what `api.bidirectional_selective_scan` documents, both directions in one launch.
-
-    Raises:
-      Unsupported: a dtype, state size or device that the kernels do not take.
-    """
-    kernels = make_kernels(find_target(), gpu.find_options())
-    return fused.bidirectional_selective_scan(kernels, *args, **kwargs)
+selective_scan, bidirectional_selective_scan = fused.backend(
+    lambda: make_kernels(find_target(), gpu.find_options())
+)

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from stretchysnake_kernels.dispatch import Unsupported
+from stretchysnake_kernels.selective_scan.gpu import WARP
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
-WARP = 32  # threads, with one channel each
 GROUP = 4  # float32 numbers in one 128-bit access
 TILE = 16  # sums over the channels that are computed together
 # log(1 + e) = s P(s^2) with s = e / (e + 2) <= 1/3, which is 2 artanh(s). P by Remez exchange on

@@ -1,19 +1,13 @@
 """How the Pallas kernels lie on a GPU: grid, blocks, chunks, and the walk of a program."""
 
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from stretchysnake_kernels.selective_scan.pallas_math import (
-    GROUP,
-    TILE,
-    WARP,
-    Math,
-    modules,
-    softplus,
-)
+from stretchysnake_kernels.selective_scan.gpu import WARP, Layout
+from stretchysnake_kernels.selective_scan.pallas_math import GROUP, TILE, Math, modules, softplus
 
 GRID = ("block", "direction", "video", "chunk")
 # The axes of the arrays, by name: those of the grid (a program sees its own entry, without the
@@ -34,7 +28,8 @@ SCRATCH = "direction video chunk slots warps groups lanes group"
 SUMS = "direction video length sums channels"
 
 
-class Plan(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Plan(Layout):
     """The static side of a launch.
 
     A program walks one chunk of one video in one direction, for a block of channels. Tokens are
@@ -43,13 +38,6 @@ class Plan(NamedTuple):
     Attributes:
       reverse: one bool per direction.
       videos: size of the batch.
-      length: tokens of a video.
-      channels: a multiple of `block`.
-      states: a multiple of GROUP.
-      chunk: tokens of a chunk, a multiple of `span`; the last one may be shorter.
-      span: tokens between two saved states, a multiple of `unroll`.
-      unroll: tokens that one turn of the loop handles.
-      warps: of a program, which walks 32 channels with each.
       softplus: whether the step size goes through softplus.
       math: how to compute.
       interpret: whether to run on the CPU, as plain JAX.
@@ -57,35 +45,15 @@ class Plan(NamedTuple):
 
     reverse: tuple[bool, ...]
     videos: int
-    length: int
-    channels: int
-    states: int
-    chunk: int
-    span: int
-    unroll: int
-    warps: int
     softplus: bool
     math: Math
     interpret: bool
-
-    @property
-    def block(self):
-        """Channels of a program."""
-        return WARP * self.warps
 
     @property
     def grid(self):
         """Axis -> programs along it. Axes of one program are left out: they take registers."""
         sizes = (self.channels // self.block, len(self.reverse), self.videos, self.chunks)
         return {a: size for a, size in zip(GRID, sizes, strict=True) if size > 1} or {GRID[0]: 1}
-
-    @property
-    def chunks(self):
-        return -(-self.length // self.chunk)
-
-    @property
-    def spans(self):
-        return -(-self.length // self.span)
 
     @property
     def groups(self):
@@ -95,11 +63,6 @@ class Plan(NamedTuple):
     def sums(self):
         """Rows of a warp's sums per token: of the gradients of B and C, each in whole tiles."""
         return 2 * max(TILE, self.states) // WARP
-
-    @property
-    def slots(self):
-        """States that the backward pass keeps of a span: one per turn, and the odd tokens'."""
-        return min(self.span, self.length) // self.unroll + self.length % self.unroll
 
 
 class Walk:

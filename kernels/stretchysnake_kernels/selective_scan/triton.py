@@ -25,18 +25,11 @@ FORWARD = gpu.Pass("triton", "forward", {8: 8, 16: 8, 32: 4}, overhead=1.7, resi
 BACKWARD = gpu.Pass("triton", "backward", {8: 2, 16: 2, 32: 1}, overhead=1.2, resident=2)
 
 
-@dataclasses.dataclass(frozen=True)  # Triton would take a NamedTuple apart
-class Plan:
+@dataclasses.dataclass(frozen=True)
+class Plan(gpu.Layout):
     """The static side of a launch, which the kernels are compiled for.
 
     Attributes:
-      length: tokens of a video.
-      channels: a multiple of `block`.
-      states: 8, 16 or 32.
-      block: channels of a program, 32 for each of its warps.
-      chunk: tokens of a chunk, a multiple of `span`; the last one may be shorter.
-      span: tokens between two saved states, a multiple of `unroll`.
-      unroll: tokens of a turn of the loop.
       reverse: one bool per direction.
       softplus: whether the step size goes through softplus.
       gated: whether there is a gate.
@@ -45,13 +38,6 @@ class Plan:
       large: whether an array has 2^31 numbers or more.
     """
 
-    length: int
-    channels: int
-    states: int
-    block: int
-    chunk: int
-    span: int
-    unroll: int
     reverse: tuple[bool, ...]
     softplus: bool
     gated: bool
@@ -60,22 +46,9 @@ class Plan:
     large: bool = False
 
     @property
-    def chunks(self):
-        return -(-self.length // self.chunk)
-
-    @property
-    def spans(self):
-        return -(-self.length // self.span)
-
-    @property
     def tiles(self):
         """Sums over channels are computed 16 together, of a gradient of B or C."""
         return -(-self.states // 16)
-
-    @property
-    def slots(self):
-        """States that the backward pass keeps of a span: one per turn, and the odd tokens'."""
-        return min(self.span, self.length) // self.unroll + self.length % self.unroll
 
 
 def find_target() -> gpu.Target:
@@ -97,16 +70,8 @@ def find_target() -> gpu.Target:
 
 
 def _make_plan(operands, softplus, reverse, which, target, options):
-    layout = gpu.lay_out(operands, which, target, options)
-    _, _, length, channels = operands.x.shape
     return Plan(
-        length=length,
-        channels=channels,
-        states=operands.decay.shape[1],
-        block=gpu.WARP * layout.warps,
-        chunk=layout.chunk,
-        span=layout.span,
-        unroll=layout.unroll,
+        **vars(gpu.lay_out(operands, which, target, options)),
         reverse=reverse,
         softplus=softplus,
         gated=operands.z is not None,
@@ -162,7 +127,7 @@ def _launch(*inputs, kernel, plan, grid, capability, shapes):
         kernel=kernel,
         grid=grid,
         name=kernel.__name__,
-        num_warps=plan.block // gpu.WARP,
+        num_warps=plan.warps,
         num_stages=1,
         compute_capability=capability,
         plan=plan,
@@ -287,27 +252,10 @@ def make_kernels(target: gpu.Target, options: gpu.Options) -> fused.Kernels:
     return fused.Kernels(
         forward=functools.partial(_forward, target, options),
         backward=functools.partial(_backward, target, options),
-        states=(8, 16, 32),
         channels=gpu.WARP,
-        dtypes=("float32", "bfloat16", "float16"),
-        check=lambda operands, reverse: None,  # find_target has checked what there is to check
     )
 
 
-def selective_scan(*args, **kwargs):
-    """Computes what `api.selective_scan` documents.
-
-    Raises:
-      Unsupported: a dtype, state size or device that the kernels do not take.
-    """
-    return fused.selective_scan(make_kernels(find_target(), gpu.find_options()), *args, **kwargs)
-
-
-def bidirectional_selective_scan(*args, **kwargs):
-    """Computes what `api.bidirectional_selective_scan` documents, both directions in one launch.
-
-    Raises:
-      Unsupported: a dtype, state size or device that the kernels do not take.
-    """
-    kernels = make_kernels(find_target(), gpu.find_options())
-    return fused.bidirectional_selective_scan(kernels, *args, **kwargs)
+selective_scan, bidirectional_selective_scan = fused.backend(
+    lambda: make_kernels(find_target(), gpu.find_options())
+)
