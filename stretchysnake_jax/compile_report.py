@@ -138,16 +138,21 @@ def measure(config: Config, device: str | None = None, implementation: str | Non
     """
     buckets = [bucket for bucket, _ in training_buckets(config.stretch, config.model)]
     sizes = make_batch_sizes(config, buckets)
-    preferred = dispatch.prefer(implementation) if implementation else contextlib.nullcontext()
     if device:
-        with preferred:
+        with preferred(implementation):
             yield from _measure_elsewhere(config, zip(buckets, sizes, strict=True), device)
         return
     mesh = sharding.make_mesh(config.mesh)
     step = TrainStep(config, 100, mesh if mesh.size > 1 else None)
     for bucket, batch in zip(buckets, sizes, strict=True):
-        with preferred:
-            yield cost_of(config, step, bucket, batch)
+        with preferred(implementation):
+            cost = cost_of(config, step, bucket, batch)
+        yield cost
+
+
+def preferred(implementation: str | None):
+    """A context in which an implementation of the scan runs; None: the default."""
+    return dispatch.prefer(implementation) if implementation else contextlib.nullcontext()
 
 
 def _measure_elsewhere(config, buckets, device):
