@@ -20,10 +20,10 @@ def clips(video_folder):
 
 def test_stages_add_up_and_everything_is_put_back(clips):
     data = resolve(DataConfig(batch_size=6, recipe="videomamba", repeats=2))
-    before = decode._Capture.grab, pipeline.LoadBatch.__call__, cv2.imdecode
+    before = decode._Capture.skip, pipeline.LoadBatch.__call__, cv2.imdecode
     stages = bench.measure_stages(data, clips, Bucket(4, 32, 32, (8, 8)), 12)
     assert set(stages) == set(bench.STAGES) and all(time > 0 for time in stages.values())
-    assert (decode._Capture.grab, pipeline.LoadBatch.__call__, cv2.imdecode) == before
+    assert (decode._Capture.skip, pipeline.LoadBatch.__call__, cv2.imdecode) == before
     assert frames.cv2.imdecode is before[2]
 
 
@@ -57,6 +57,24 @@ def test_the_other_readers_give_our_frames(video_folder, name):
     got = reader(str(video_folder / "a.mp4"), wanted, 16)
     want = readers.read_ours(str(video_folder / "a.mp4"), wanted, 16)
     assert np.abs(got.astype(int) - want).mean() < bench.SAME
+
+
+def test_a_file_that_readers_fail_on_is_left_out(video_folder):
+    whole, damaged = str(video_folder / "a.mp4"), str(video_folder / "f.avi")
+
+    def picky(path, wanted, side):
+        if path == damaged:
+            raise OSError("damaged")
+        return readers.read_loop(path, wanted, side)
+
+    def broken(path, wanted, side):
+        raise OSError("no such codec")
+
+    data, others = resolve(DataConfig()), {"picky": picky, "broken": broken}
+    got = bench.compare_type([whole, damaged], others, data, 1, 0.01)
+    assert got["files"] == [whole] and got["difference"] == {"picky": 0}
+    assert got["failed"] == {"broken": "OSError: no such codec"}
+    assert set(got["clips_per_s"]) == {"ours", "bare", "loop", "loader", "picky"}
 
 
 def row(ours, loader, **others):

@@ -131,17 +131,15 @@ def test_goes_on_behind_a_damaged_frame(made, tmp_path):
 
 
 def test_a_frame_that_cannot_be_converted_ends_the_file(video_folder, monkeypatch):
-    real = decode._Capture
-    seen = []
+    class Broken(decode._Capture):
+        passed = 0
 
-    class Broken(real):
-        def grab(self):
-            seen.append(self)
-            return super().grab()
+        def skip(self, frames):
+            self.passed += frames
+            return super().skip(frames)
 
         def retrieve(self):
-            index = sum(capture is self for capture in seen) - 1
-            return super().retrieve() if index < 5 else None
+            return super().retrieve() if self.passed <= 5 else None
 
     monkeypatch.setattr(decode, "_Capture", Broken)
     frames, count = decode.read_clip(video_folder / "a.mp4", lambda n: sampling.uniform(n, 64))
@@ -168,6 +166,15 @@ def test_missing_empty_and_folder(tmp_path):
     assert reason(save(tmp_path, "empty.mp4", b"")) == "the file is empty"
     assert "folder" in reason(tmp_path)
     assert "can't be opened" in reason(tmp_path / ("x" * 300 + ".mp4"))
+
+
+def test_no_right_to_read(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(decode, "_top_boxes", refuse)  # no file is closed to root
+    path = save(tmp_path, "closed.mp4", b"a file")
+    assert reason(path) == "the file can't be opened: Permission denied"
 
 
 def test_not_a_video(made, tmp_path):

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import itertools
 import logging
 import os
 import pathlib
@@ -73,7 +74,7 @@ def stopwatch():
 
     try:
         watch(decode._Capture, "__init__", "read")
-        watch(decode._Capture, "grab", "read")
+        watch(decode._Capture, "skip", "read")
         watch(decode._Capture, "retrieve", "decode")
         watch(cv2, "imdecode", "decode")
         watch(augment.Augmentation, "frame", "transform")
@@ -167,7 +168,7 @@ def video_types(clips: ClipList, most: int) -> dict[str, list[str]]:
     for path in dict.fromkeys(clips.paths):
         if os.path.isfile(path):
             with contextlib.suppress(decode.UnreadableVideo), decode._Capture(path) as capture:
-                if capture.grab() and (frame := capture.retrieve()) is not None:
+                if capture.skip(1) and (frame := capture.retrieve()) is not None:
                     size = f"{frame.shape[1]}x{frame.shape[0]}"
                     types[f"{pathlib.Path(path).suffix[1:]} {capture.codec()} {size}"].append(path)
     return {name: paths[:most] for name, paths in sorted(types.items())}
@@ -187,6 +188,8 @@ def find_readers() -> tuple[dict[str, readers.Reader], dict[str, str]]:
             package = importlib.import_module(module)
             package.logging.set_level(getattr(package.logging, quiet))
     logging.getLogger("libav").setLevel(logging.CRITICAL)
+    if "torchcodec" in found:  # side by side, threads of its own would only get in the way
+        importlib.import_module("torch").set_num_threads(1)
     return found, lacking
 
 
@@ -201,8 +204,9 @@ def compare_type(paths, others, data: DataConfig, rounds: int, seconds: float) -
       seconds: that a reader takes in a round, about; at least 16 clips are read.
 
     Returns:
-      frames; clips_per_s and clips_per_cpu_s, name -> one per round ("ours", "bare", "loop",
-      "loader", others); difference, name -> mean absolute one of the pixels; failed, name -> why.
+      files, those that most of the readers can read; frames; clips_per_s and clips_per_cpu_s, name
+      -> one per round ("ours", "bare", "loop", "loader", others); difference, name -> mean
+      absolute one of the pixels; failed, name -> why.
     """
     with tempfile.TemporaryDirectory() as folder:
         counts = FrameCounts(pathlib.Path(folder) / "counts")
@@ -214,22 +218,30 @@ def compare_type(paths, others, data: DataConfig, rounds: int, seconds: float) -
             wanted[path] = np.unique(np.linspace(0, n - 1, FRAMES).astype(int))
             pictures[path] = ours(path, wanted[path], SIDE).astype(int)
         jobs = {"ours": ours, "bare": readers.read_bare, "loop": readers.read_loop}
-        difference, failed = {}, {}
-        for name, reader in others.items():
+        differs, failed = {name: {} for name in others}, {}
+        for name, path in itertools.product(others, paths):
             try:
-                both = [(reader(p, wanted[p], SIDE), pictures[p]) for p in paths]
-                difference[name] = float(np.mean([np.abs(a - b).mean() for a, b in both]))
-                jobs[name] = reader
+                picture = others[name](path, wanted[path], SIDE)
+                differs[name][path] = np.abs(picture - pictures[path]).mean()
             except Exception as error:  # whatever another package raises over a damaged file
                 failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+        # A damaged file would take those that can't read it out of the comparison of the others.
+        can = collections.Counter(path for read in differs.values() for path in read)
+        paths = [path for path in paths if can[path] == max(can.values(), default=0)]
+        difference = {}
+        for name, read in differs.items():
+            if all(path in read for path in paths):
+                difference[name] = float(np.mean([read[path] for path in paths]))
+                jobs[name] = others[name]
+                failed.pop(name, None)
         start = time.perf_counter()
         for path in paths:
             ours(path, wanted[path], SIDE)
         wish = seconds * len(paths) / (time.perf_counter() - start)
         steps = int(np.clip(wish / _PAIR, 8, 128))
-        files = (paths * (steps * _PAIR))[: steps * _PAIR]
         counts.save()
-        jobs["loader"] = loader = make_loader(paths, data, steps, str(counts.path))
+        loader, files = make_loader(paths, data, steps, str(counts.path))
+        jobs["loader"] = loader
         rates, cpu = collections.defaultdict(list), collections.defaultdict(list)
         with concurrent.futures.ThreadPoolExecutor(data.threads) as pool:
             for r in range(rounds):
@@ -241,7 +253,7 @@ def compare_type(paths, others, data: DataConfig, rounds: int, seconds: float) -
                         list(pool.map(lambda p, f=jobs[name]: f(p, wanted[p], SIDE), files))
                     rates[name].append(len(files) / (time.perf_counter() - start[0]))
                     cpu[name].append(len(files) / (time.process_time() - start[1]))
-    frames = [int(w[-1]) + 1 for w in wanted.values()]
+    frames = [int(wanted[path][-1]) + 1 for path in paths]
     return {"files": paths, "frames": max(frames)} | {
         "clips_per_s": dict(rates),
         "clips_per_cpu_s": dict(cpu),
@@ -251,20 +263,22 @@ def compare_type(paths, others, data: DataConfig, rounds: int, seconds: float) -
 
 
 def make_loader(paths, data: DataConfig, steps: int, index: str):
-    """loader() runs the whole loader, frames and size as of the readers."""
+    """loader() runs the whole loader, frames and size as of the readers; and the files it reads."""
     same = {"sampling": "uniform", "resize": "squash", "recipe": "light", "repeats": None}
     data = dataclasses.replace(data, **same, flip=None, rand_augment="", erase=0.0)
     data = dataclasses.replace(data, batch_size=_PAIR, colour_jitter=())
     clips = lengthen(ClipList(paths, np.zeros(len(paths), np.int32), ["0"], index=index))
     bucket = Bucket(FRAMES, SIDE, SIDE, (16, 16))
     schedule = Schedule((bucket,), np.zeros(steps, np.int32), (_PAIR,))
+    plan = pipeline.Plan(len(clips), schedule.which, (_PAIR,), seed=0)
+    files = [clips.paths[clip] for step in range(steps) for clip in plan[step][2]]
 
     def loader():
         with pipeline.train_batches(data, clips, schedule, seed=0) as batches:
             for _ in batches:
                 pass
 
-    return loader
+    return loader, files
 
 
 def ratio(row: dict, name: str, other: str, by: str = "clips_per_s") -> float:

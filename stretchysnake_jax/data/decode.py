@@ -9,6 +9,8 @@ once more with its true count.
 import collections
 import functools
 import os
+import stat
+import sys
 from collections.abc import Callable
 
 import cv2
@@ -120,24 +122,24 @@ def _contradicts(true: int, count: int, wanted) -> bool:
 
 def _read(capture, wanted, count, transform, doubt):
     """Reads `wanted`: (frames, count), or (None, true count) if `count` turned out wrong."""
-    frames = []
-    repeats = collections.Counter(wanted.tolist())
-    for index in range(int(wanted[-1]) + 1):
-        if not capture.grab():
-            return None, index
-        if index in repeats:
-            frame = capture.retrieve()
-            if frame is None:
-                return None, index
-            frame = frame if transform is None else transform(frame)
-            frames += [cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)] * repeats[index]
+    clip, filled, passed = None, 0, 0
+    for index, repeats in collections.Counter(wanted.tolist()).items():
+        passed += capture.skip(index + 1 - passed)
+        frame = capture.retrieve() if passed > index else None
+        if frame is None:
+            return None, min(passed, index)
+        frame = frame if transform is None else transform(frame)
+        if clip is None:
+            clip = np.empty((len(wanted), *frame.shape), np.uint8)
+        clip[filled : filled + repeats] = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        filled += repeats
     # A header's count too small to fill the clip may be wrong (concatenated MPEG streams say 1).
     # Either the file is short, and counting costs little, or it has to be counted.
     if doubt and count <= len(wanted):
-        true = index + 1 + capture.count()
+        true = passed + capture.count()
         if true != count:
             return None, true
-    return np.stack(frames), count
+    return clip, count
 
 
 class _Capture:
@@ -171,20 +173,21 @@ class _Capture:
         text = fourcc.to_bytes(4, "little").decode("latin-1")
         return "".join(c if c.isalnum() else "?" for c in text)
 
-    def grab(self) -> bool:
-        """Moves to the next frame that can be decoded; False: there is none."""
-        # The first try apart: a generator per frame costs 3 % of decoding a small video.
-        return self._capture.grab() or any(self._capture.grab() for _ in range(PATIENCE - 1))
+    def skip(self, frames: int) -> int:
+        """Moves past the next `frames` that can be decoded; returns how many there were."""
+        grab = self._capture.grab
+        for done in range(frames):
+            # The first try apart: a generator per frame costs 3 % of decoding a small video.
+            if not grab() and not any(grab() for _ in range(PATIENCE - 1)):
+                return done
+        return frames
 
     def count(self) -> int:
         """The number of frames that are left; uses them up."""
-        left = 0
-        while self.grab():
-            left += 1
-        return left
+        return self.skip(sys.maxsize)
 
     def retrieve(self):
-        """The frame that was grabbed, BGR; None if it can't be converted."""
+        """The last frame that was passed, BGR; None if it can't be converted."""
         ok, frame = self._capture.retrieve()
         self.unconverted |= not ok
         return frame if ok else None
@@ -193,23 +196,30 @@ class _Capture:
 def _check_file(path) -> None:
     """Raises UnreadableVideo for whatever isn't a file with something in it."""
     try:
-        if os.path.isdir(path):
-            raise UnreadableVideo(path, "it is a folder, not a video file")
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise UnreadableVideo(path, "it is not a regular file")
-        with open(path, "rb") as file:
-            if not file.read(1):
-                raise UnreadableVideo(path, "the file is empty")
+        found = os.stat(path)
     except FileNotFoundError:
         raise UnreadableVideo(path, "there is no such file") from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UnreadableVideo(path, f"the file can't be opened: {reason}") from error
+        raise UnreadableVideo(path, _no_access(error)) from error
+    if stat.S_ISDIR(found.st_mode):
+        raise UnreadableVideo(path, "it is a folder, not a video file")
+    if not stat.S_ISREG(found.st_mode):
+        raise UnreadableVideo(path, "it is not a regular file")
+    if not found.st_size:
+        raise UnreadableVideo(path, "the file is empty")
+
+
+def _no_access(error) -> str:
+    """Says why the system gave no access to a file."""
+    return f"the file can't be opened: {getattr(error, 'strerror', None) or error}"
 
 
 def _why_not_opened(path) -> str:
     """Says why OpenCV found no video in a file. Only MP4 and QuickTime are looked into."""
-    boxes = _top_boxes(path)
+    try:
+        boxes = _top_boxes(path)
+    except OSError as error:
+        return _no_access(error)
     if "ftyp" in boxes and "moov" not in boxes:
         return "the file is cut off (an MP4 without its index): copy or download it again"
     if "moov" in boxes:

@@ -52,9 +52,15 @@ class Plan:
         return step, int(self.which[step]), np.array(ids, np.int32), rows
 
     def _clip(self, epoch, position):
-        seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
+        seed = _epoch_seed(self.seed, epoch)
         shuffle = grain.experimental.index_shuffle
         return shuffle(position, max_index=self.clips - 1, seed=seed, rounds=4)
+
+
+@functools.lru_cache(maxsize=16)
+def _epoch_seed(seed, epoch):
+    """The seed of an epoch's permutation."""
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
 
 
 class ListPlan:
@@ -108,7 +114,7 @@ class LoadBatch:
         step, which, ids, rows = element
         bucket = self.buckets[which]
         n = len(ids)
-        video = np.zeros((n, bucket.frames, bucket.height, bucket.width, 3), np.uint8)
+        video = np.empty((n, bucket.frames, bucket.height, bucket.width, 3), np.uint8)
         label = np.where(ids >= 0, self.clips.labels[ids], 0).astype(np.int32)
         mask = np.zeros(n, np.float32)
         unreadable = []
@@ -119,6 +125,7 @@ class LoadBatch:
                 mask[same] = 1
             except decode.UnreadableVideo as error:
                 unreadable += [(error.path, error.reason)] * len(same)
+        video[mask == 0] = 0
         return {
             "step": step,
             "bucket": which,

@@ -30,11 +30,12 @@ def read_bare(path, wanted, side) -> np.ndarray:
     Returns:
       The last frame as it is: the others would have to be held.
     """
+    more = range(decode.PATIENCE - 1)  # behind a damaged frame, as ours
     capture = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG, decode.OPEN)
     chosen, frame = set(wanted.tolist()), None
     for i in range(int(wanted[-1]) + 1):
-        capture.grab()
-        if i in chosen:
+        grabbed = capture.grab() or any(capture.grab() for _ in more)
+        if grabbed and i in chosen:
             frame = capture.retrieve()[1]
     capture.release()
     return frame
