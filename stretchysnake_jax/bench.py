@@ -9,6 +9,7 @@ BENCHMARKS = {
     "data": ("stretchysnake_jax.data.bench", "the loader: clips per second, stages, other readers"),
     "scan": ("stretchysnake_bench.scan", "time and memory of the selective scan; --tune on a GPU"),
     "step": ("stretchysnake_jax.step_bench", "the training step, beside PyTorch's; scaling"),
+    "compile": ("stretchysnake_jax.compile_bench", "seconds to compile all buckets, by plan"),
     "mesh": ("stretchysnake_jax.mesh_bench", "losses and memory over meshes and processes"),
     "kernels": ("stretchysnake_bench.kernels_table", "what the GPU kernels need, without a GPU"),
     "gpu": ("stretchysnake_bench.gpu_report", "all that needs a GPU: tests, tuning, benchmark"),

@@ -16,6 +16,7 @@ VARIANTS = ("vanilla", "temporal", "spatial", "flexivit", "flex_all", "static_to
 METHODS = ("paper", "pi", "area", "bilinear", "nearest", "lanczos3", "none")
 SAMPLINGS = ("sparse", "uniform", "dense", "ssv2")
 REMAT = ("none", "block", "matmuls")
+LAYERS = ("auto", "loop", "unrolled")
 RESIZES = ("crop", "squash", "random_resized")
 LOGGERS = ("tensorboard", "wandb")
 SCHEDULES = ("cosine", "videomamba")
@@ -249,6 +250,9 @@ class TrainConfig:
     # What the gradient computes again instead of keeping it: "none"; "block": all but a block's
     # input, the least memory; "matmuls": all but that and what its projections gave
     remat: str = "none"
+    # The blocks of a compiled program: a "loop", which compiles fast, or "unrolled", which runs
+    # faster on CPUs, where XLA undoes remat in it; "auto": unrolled on CPUs without remat
+    layers: str = "auto"
     accumulate: int = 1  # parts of a step's batch that go through the model one after the other
     # Folder where compiled programs are kept for later runs, see docs/scale.md; "": they aren't
     compilation_cache: str = "~/.cache/stretchysnake/programs"

@@ -36,6 +36,37 @@ def parse_sizes(text: str, what: str = "--sizes") -> list[tuple[int, int]]:
     return sizes
 
 
+def add_views(parser: argparse.ArgumentParser) -> None:
+    """Adds --clips and --crops."""
+    for name, where in (("clips", "time"), ("crops", "space, along the long side")):
+        text = f"views of a clip in {where}; default: data.test_{name} of the run"
+        parser.add_argument(f"--{name}", type=int, help=text)
+
+
+def parse_views(args: argparse.Namespace, data: config_lib.DataConfig) -> tuple[int, int]:
+    """(test clips, test crops) of `add_views`, or else of the run.
+
+    Raises:
+      ConfigError: none, or several where the run's sampling or resizing has one.
+    """
+    asked = (args.clips, args.crops)
+    clips, crops = (
+        own if given is None else given
+        for given, own in zip(asked, (data.test_clips, data.test_crops), strict=True)
+    )
+    for name, value in (("clips", clips), ("crops", crops)):
+        if value < 1:
+            raise ConfigError(f"--{name} is {value}: it takes a number >= 1")
+    data = config_lib.resolve(data)
+    if crops > 1 and data.resize == "squash":
+        raise ConfigError(f"--crops is {crops} but the run squashes whole frames: it takes 1")
+    if clips > 1 and data.sampling == "uniform":
+        raise ConfigError(
+            f"--clips is {clips} but the run samples uniformly over the whole clip: it takes 1"
+        )
+    return clips, crops
+
+
 def run(
     workdir,
     frames: list[int],
@@ -47,6 +78,7 @@ def run(
     clips=None,
     name: str = "grid",
     batch_size: int = 8,
+    views: tuple[int, int] = (1, 1),
     progress: Progress | None = None,
 ) -> list[dict]:
     """Evaluates a workdir's model and writes NAME.csv, NAME.json and NAME.png into it.
@@ -61,7 +93,8 @@ def run(
       methods: replaces methods of interpolation: kernel, spatial, temporal.
       clips: a `ClipList`; None: the run's test list, or its validation list.
       name: of the files.
-      batch_size: clips per batch.
+      batch_size: views per batch.
+      views: (test clips, test crops) of every clip, their probabilities averaged.
       progress: shows the state of things.
 
     Returns:
@@ -97,6 +130,7 @@ def run(
         cells,
         stretch,
         batch_size=batch_size,
+        views=views,
         on_cell=lambda rows: grid.write(rows, partial),
         on_batch=on_batch,
     )
@@ -134,7 +168,8 @@ def main(argv: list[str]) -> int:
     for weight in ("kernel", "spatial", "temporal"):
         methods = ", ".join(config_lib.METHODS)
         parser.add_argument(f"--{weight}-method", help=f"of interpolation: {methods}")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=8, help="views per batch (default 8)")
+    add_views(parser)
     parser.add_argument("--name", default="grid", help="of the files written (default grid)")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
@@ -174,6 +209,7 @@ def main(argv: list[str]) -> int:
         clips=clips,
         name=args.name,
         batch_size=args.batch_size,
+        views=parse_views(args, run_config.data),
     )
     print(f"top-1 in %, {rows[0]['clips']} clips (* trained at this scale)\n")
     print(grid.table(rows))

@@ -2,83 +2,18 @@
 
 import csv
 import json
-import time
 
-import jax
 import numpy as np
 
-from stretchysnake_jax import flops, sharding
+from stretchysnake_jax import flops, outputs
 from stretchysnake_jax.buckets import Bucket, make_bucket, training_buckets
 from stretchysnake_jax.config import Config, StretchConfig
-from stretchysnake_jax.data import pipeline
 from stretchysnake_jax.data.lists import ClipList
 from stretchysnake_jax.step import EvalStep
 from stretchysnake_jax.whole_file import whole_file
 
-COLUMNS = ("frames", "height", "width", "patch", "top1", "top5", "loss", "gflops", "clips_per_s")
-COLUMNS += ("trained",)
-
-
-def evaluate_bucket(
-    eval_step,
-    params,
-    data,
-    clips: ClipList,
-    bucket: Bucket,
-    batch_size: int = 8,
-    on_batch=None,
-    mesh=None,
-) -> dict:
-    """Accuracy at one scale: one view per clip, the whole list.
-
-    Args:
-      eval_step: an `EvalStep`.
-      params: base parameters.
-      data: the `DataConfig`, for sampling and transforms.
-      clips: the list.
-      bucket: the scale.
-      batch_size: clips per batch.
-      on_batch: called with the number of clips done after every batch.
-      mesh: the devices that a batch is spread over, of every process; None: one. Each process
-        reads its part and gets the numbers of the whole list; `unreadable` is its own.
-
-    Returns:
-      top1, top5 (shares), loss (mean cross entropy), clips (readable ones), unreadable (a list of
-      (path, reason)), and clips_per_s of the compiled forward pass, reading not counted.
-    """
-    scores, labels, unreadable, times = [], [], [], []
-    index, count = sharding.host_share(mesh) if mesh else (0, 1)
-    part = {"shard_index": index, "shard_count": count}
-    with pipeline.eval_batches(data, clips, bucket, batch_size, **part) as batches:
-        for batch in batches:
-            # The first call compiles; it is made twice so that even a single batch is timed.
-            for _ in range(1 if times else 2):
-                start = time.perf_counter()
-                logits = jax.block_until_ready(eval_step(params, batch["video"], bucket))
-            times.append(time.perf_counter() - start)
-            label, mask = sharding.gather(mesh, (batch["label"], batch["mask"]))
-            scores.append(np.asarray(logits, np.float64)[mask > 0])
-            labels.append(label[mask > 0])
-            unreadable += batch["unreadable"]
-            if on_batch:
-                on_batch(min(len(clips), len(times) * batch_size))
-    scores, labels = np.concatenate(scores), np.concatenate(labels)
-    if not len(labels):
-        first = unreadable[0] if unreadable else ("the list", "it is empty")
-        raise pipeline.TooManyUnreadable(f"no clip could be read; {first[0]}: {first[1]}")
-    rows = np.arange(len(labels))
-    top = scores.max(1, keepdims=True)
-    log_sum = np.log(np.exp(scores - top).sum(1)) + top[:, 0]
-    # A clip's rank counts the classes not scored below its own: ties and NaN are against it.
-    rank = (~(scores < scores[rows, labels][:, None])).sum(1)
-    return {
-        "top1": float((rank <= 1).mean()),
-        "top5": float((rank <= 5).mean()),
-        "loss": float((log_sum - scores[rows, labels]).mean()),
-        "clips": len(labels),
-        "unreadable": unreadable,
-        "clips_per_s": batch_size / float(np.median(times)),
-    }
+COLUMNS = ("frames", "height", "width", "patch", "top1", "top5", "mean_class", "loss", "gflops")
+COLUMNS += ("clips_per_s", "trained")
 
 
 def make_cells(config: Config, stretch: StretchConfig, frames, sizes) -> list[Bucket]:
@@ -104,6 +39,7 @@ def evaluate_grid(
     stretch: StretchConfig,
     *,
     batch_size: int = 8,
+    views: tuple[int, int] = (1, 1),
     on_cell=None,
     on_batch=None,
 ) -> list[dict]:
@@ -115,7 +51,8 @@ def evaluate_grid(
       clips: the list.
       cells: the scales.
       stretch: the methods of interpolation.
-      batch_size: clips per batch.
+      batch_size: views per batch.
+      views: (test clips, test crops) of every clip.
       on_cell: called with all rows so far after every cell.
       on_batch: called with the number of clips done in all cells so far.
 
@@ -133,18 +70,28 @@ def evaluate_grid(
             if on_batch:
                 on_batch(before + n)
 
-        found = evaluate_bucket(eval_step, params, config.data, clips, bucket, batch_size, done)
+        found = outputs.compute(
+            eval_step,
+            params,
+            config.data,
+            clips,
+            bucket,
+            batch_size,
+            views=views,
+            on_batch=done,
+        )
         rows.append(
             {
                 "frames": bucket.frames,
                 "height": bucket.height,
                 "width": bucket.width,
                 "patch": "x".join(str(p) for p in dict.fromkeys(bucket.patch)),
-                **{k: found[k] for k in ("top1", "top5", "loss", "clips_per_s")},
-                "gflops": flops.count(config.model, bucket)["full"] / 1e9,
+                **outputs.summary(found),
+                "gflops": views[0] * views[1] * flops.count(config.model, bucket)["full"] / 1e9,
+                "clips_per_s": found.clips_per_s / (views[0] * views[1]),
                 "trained": bucket in trained,
-                "clips": found["clips"],
-                "unreadable": found["unreadable"],
+                "clips": len(found.labels),
+                "unreadable": found.unreadable,
             }
         )
         if on_cell:

@@ -24,7 +24,8 @@ from stretchysnake_jax.validation import validate
 # What is computed again, and on how many devices, changes the last digits alone.
 FREE = ("data.threads", "data.workers", "data.prefetch", "train.log_every", "train.eval_every")
 FREE += ("train.checkpoint_every", "train.keep", "train.keep_every", "train.loggers", "name")
-FREE += ("train.remat", "train.compilation_cache", "mesh.data", "mesh.fsdp", "mesh.sequence")
+FREE += ("train.remat", "train.layers", "train.compilation_cache")
+FREE += ("mesh.data", "mesh.fsdp", "mesh.sequence")
 FREE += ("data.max_unreadable", "data.allow_absolute", "data.test_clips", "data.test_crops")
 
 

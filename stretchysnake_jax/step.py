@@ -183,7 +183,7 @@ class TrainStep:
             self.state = jax.tree.map(_at, self.state, places)
             spread["out_shardings"] = places, NamedSharding(mesh, sharding.WHOLE)
         train, settings = config.train, resolve(config.optim)
-        apply = models.make_apply(config.model, train.dtype, mesh, train.remat)
+        apply = models.make_apply(config.model, train.dtype, mesh, train.remat, train.layers)
         optimizer = optim.make_optimizer(settings, steps)
 
         stretch, ends = config.stretch, resolve(config.data).sampling == "uniform"
@@ -339,20 +339,30 @@ def _at(shape, where):
 
 
 class EvalStep:
-    """predict(params, video, bucket) -> logits.
+    """predict(params, video, bucket) -> logits, features or tokens.
 
     Args:
       model, stretch: the encoder, and how its weights are interpolated.
       dtype: of the computation.
+      output: what it gives, see `models.VideoMamba.__call__`.
       exact: patches that get a program of their own, see `Stem`.
       mesh: the devices that batches are spread over; None: one.
 
     Attributes:
       stem: the `Stem`.
-      trunk: what comes after it, jitted: (params, projected video, projected bucket) -> logits.
+      trunk: what comes after it, jitted: (params, projected video, projected bucket) -> output.
     """
 
-    def __init__(self, model: ModelConfig, stretch: StretchConfig, dtype, *, exact=(), mesh=None):
+    def __init__(
+        self,
+        model: ModelConfig,
+        stretch: StretchConfig,
+        dtype,
+        *,
+        output="logits",
+        exact=(),
+        mesh=None,
+    ):
         apply = models.make_apply(model, dtype, mesh)
         self.stem, self._mesh = Stem(model, stretch, exact, mesh), mesh
         self._plans = {}
@@ -360,7 +370,7 @@ class EvalStep:
 
         @functools.partial(jax.jit, static_argnums=2, **spread)
         def trunk(params, video, bucket):
-            return apply(fit(params, bucket, stretch), video)
+            return apply(fit(params, bucket, stretch), video, output=output)
 
         self.trunk = trunk
 
@@ -380,7 +390,7 @@ class EvalStep:
         self._plans[bucket, batch_size] = stem.run, trunk.run
 
     def __call__(self, params, video, bucket: Bucket):
-        """Class scores.
+        """Encodes a batch.
 
         Args:
           params: base parameters.
@@ -388,7 +398,7 @@ class EvalStep:
           bucket: the scale of the video.
 
         Returns:
-          float32 (B, classes) of all processes.
+          float32 of all processes: logits (B, classes), features (B, dim) or tokens (B, L, dim).
         """
         parts = sharding.host_share(self._mesh)[1] if self._mesh else 1
         plan = self._plans.get((bucket, len(video) * parts))

@@ -13,7 +13,7 @@ import sys
 import jax
 import numpy as np
 
-from stretchysnake_jax import compile_report, distributed, models, run, sharding
+from stretchysnake_jax import compile_report, distributed, models, outputs, run, sharding
 from stretchysnake_jax.buckets import make_bucket, make_run_schedule, sample_offsets
 from stretchysnake_jax.checkpoint import Checkpoints
 from stretchysnake_jax.clock import Clock, Progress
@@ -21,7 +21,6 @@ from stretchysnake_jax.compile import Ahead, keep_programs
 from stretchysnake_jax.config import Config
 from stretchysnake_jax.data import pipeline
 from stretchysnake_jax.data.lists import ClipList
-from stretchysnake_jax.grid import evaluate_bucket
 from stretchysnake_jax.metrics import Loggers
 from stretchysnake_jax.optim import batch_scale
 from stretchysnake_jax.optim import make_schedule as make_learning_rate
@@ -184,7 +183,7 @@ def train(config: Config, workdir, progress: Progress | None = None, profile=Non
                 pending = None
             if validate and val and not stopping:
                 params = state.get("ema", state["params"])
-                found = evaluate_bucket(
+                found = outputs.compute(
                     eval_step, params, config.data, val, scale, val_batch, mesh=mesh
                 )
                 save(rate(found, config, val, scale, step, log, progress))
@@ -253,20 +252,21 @@ def report(pending, log, progress, clock, every, checkpoints, steps, force=False
     )
 
 
-def rate(row: dict, config: Config, val: ClipList, bucket, step, log, progress) -> dict:
+def rate(found, config: Config, val: ClipList, bucket, step, log, progress) -> dict:
     """Writes and says what a validation found; returns what the checkpoint is rated by."""
     tally = pipeline.UnreadableTally()
-    for path, reason in tally.add(row):
+    for path, reason in tally.add({"unreadable": found.unreadable}):
         progress.say(f"unreadable, left out: {path}: {reason}")
     tally.check(len(val), config.data.max_unreadable)
-    found = {"val_top1": row["top1"], "val_top5": row["top5"], "val_loss": row["loss"]}
-    log.write({"step": step, "bucket": str(bucket), **found})
+    scores = outputs.summary(found)
+    rated = {f"val_{name}": scores[name] for name in ("top1", "top5", "loss")}
+    log.write({"step": step, "bucket": str(bucket), **rated})
     if jax.process_index() == 0:
         progress.say(
-            f"step {step}: validation at {bucket}: top-1 {100 * row['top1']:.1f} %, "
-            f"loss {row['loss']:.3f}, {row['clips']} clips"
+            f"step {step}: validation at {bucket}: top-1 {100 * scores['top1']:.1f} %, "
+            f"loss {scores['loss']:.3f}, {len(found.labels)} clips"
         )
-    return found
+    return rated
 
 
 def main(argv: list[str]) -> int:

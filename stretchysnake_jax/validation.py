@@ -2,6 +2,7 @@
 
 from stretchysnake_jax.config import (
     LAYER_DECAYS,
+    LAYERS,
     LOGGERS,
     METHODS,
     RATE_SCALES,
@@ -98,6 +99,7 @@ def validate(config: Config) -> None:
     for name in train.loggers:
         check_choice("train.loggers", name, LOGGERS)
     check_choice("train.remat", train.remat, REMAT)
+    check_choice("train.layers", train.layers, LAYERS)
     ok = train.accumulate >= 1 and data.batch_size % train.accumulate == 0
     takes = f"a number that divides data.batch_size, {data.batch_size}"
     require(ok, "train.accumulate", train.accumulate, takes)

@@ -1,11 +1,12 @@
 """What a training step takes, from compiling it."""
 
 import dataclasses
+import json
 
 import pytest
 from stretchysnake_bench import aot
 
-from stretchysnake_jax import cli, compile, compile_report
+from stretchysnake_jax import cli, compile, compile_report, config
 from stretchysnake_jax.step import init_state
 
 needs_compiler = pytest.mark.skipif(
@@ -87,3 +88,25 @@ def test_a_batch_that_fits_is_suggested(tiny_config):
     assert none.suggested_batch() == 0
     unknown = dataclasses.replace(cost, limit=None)
     assert unknown.fits is None and unknown.suggested_batch() is None
+
+
+def test_the_benchmark_of_plans(monkeypatch, tmp_path, capsys):
+    small = {"dim": 16, "depth": 2, "state": 4, "patch": (4, 4), "frames": 2, "size": (8, 8)}
+    monkeypatch.setitem(config.PRESETS, "tiny", small | {"num_classes": 6, "dt_rank": 1})
+    path = tmp_path / "compile.json"
+    words = ["bench", "compile", "--frames", "2", "--sizes", "4,8", "--json", str(path)]
+    assert cli.main(words) == 0
+    assert "tiny, static_tokens, 2 buckets, batch 1" in capsys.readouterr().out
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["programs"] for row in rows] == [3, 3, 2, 2]  # two stems and a trunk; two steps
+    assert all(row["seconds"] >= row["longest"] > 0 for row in rows)
+    for more, words in (
+        (["--variant", "static"], "did you mean 'static_tokens'"),
+        (["--frames", "x"], "--frames and --sizes take numbers"),
+        (["--json", "no/such.json"], "there is no folder no"),
+    ):
+        try:
+            assert cli.main(["bench", "compile", *more]) == 2
+        except SystemExit as ended:
+            assert ended.code == 2
+        assert words in capsys.readouterr().err

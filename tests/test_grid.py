@@ -2,16 +2,19 @@
 
 import csv
 import json
+import pathlib
 
 import cv2
 import numpy as np
 import pytest
 
-from stretchysnake_jax import cli, evaluate, grid, model, plots, predict
+from stretchysnake_jax import cli, evaluate, grid, model, outputs, plots, predict
 from stretchysnake_jax.buckets import Bucket
 from stretchysnake_jax.config import ConfigError
 from stretchysnake_jax.data import pipeline
 from stretchysnake_jax.data.lists import ClipList, read_list
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
 
 
 def test_scores_equal_a_plain_computation(tiny_config, video_folder):
@@ -28,10 +31,10 @@ def test_scores_equal_a_plain_computation(tiny_config, video_folder):
         rows = given[start : start + 4]
         return np.pad(rows, ((0, 4 - len(rows)), (0, 0)), constant_values=9.0)
 
-    row = grid.evaluate_bucket(
-        eval_step, None, tiny_config.data, clips, Bucket(2, 16, 16, (4, 4)), batch_size=4
-    )
-    assert row["clips"] == 6 and set(seen) == {4}
+    where = tiny_config.data, clips, Bucket(2, 16, 16, (4, 4)), 4
+    found = outputs.compute(eval_step, None, *where)
+    row = outputs.summary(found)
+    assert list(found.clips) == list(range(6)) and set(seen) == {4}
     p = np.exp(given.astype(np.float64))
     p /= p.sum(1, keepdims=True)
     own = p[np.arange(6), clips.labels]
@@ -39,13 +42,51 @@ def test_scores_equal_a_plain_computation(tiny_config, video_folder):
     rank = (given > given[np.arange(6), clips.labels][:, None]).sum(1) + 1
     rank[2] = 6  # a model that can't tell classes apart isn't right by luck
     assert row["top1"] == np.mean(rank == 1) and row["top5"] == np.mean(rank <= 5)
-    assert row["clips_per_s"] > 0
+    assert row["mean_class"] == np.mean([(rank == 1)[clips.labels == c].mean() for c in range(6)])
+    assert found.clips_per_s > 0
+    table = outputs.confusion(found, 6)
+    assert table.sum() == 6 and table.trace() == (given.argmax(1) == clips.labels).sum()
     given[:] = np.nan  # a model that overflows is wrong, not right
     seen.clear()
-    row = grid.evaluate_bucket(
-        eval_step, None, tiny_config.data, clips, Bucket(2, 16, 16, (4, 4)), batch_size=4
+    assert outputs.summary(outputs.compute(eval_step, None, *where))["top1"] == 0
+
+
+def test_views_are_merged_as_in_the_release():
+    golden = json.loads((GOLDENS / "recipe.json").read_text())["merge"]
+    videos = {}
+    for view in golden["views"]:  # the first of views of one number counts
+        videos.setdefault(view["id"], {}).setdefault((view["chunk"], view["crop"]), view)
+    merged = np.stack(
+        [
+            outputs.merge_scores(np.array([[v["logits"] for v in views.values()]]))[0]
+            for views in videos.values()
+        ]
     )
-    assert row["top1"] == 0
+    labels = np.array([next(iter(views.values()))["label"] for views in videos.values()])
+    found = outputs.Outputs(merged, labels, np.arange(len(labels)), [], 1.0)
+    scores = outputs.summary(found)
+    assert 100 * scores["top1"] == golden["top1"] and 100 * scores["top5"] == golden["top5"]
+    np.testing.assert_allclose(np.exp(merged).sum(1), 1)
+
+
+@pytest.mark.parametrize("batch_size", [4, 5])  # views of a clip may lie in two batches
+def test_every_view_of_a_clip_counts(tiny_config, video_folder, batch_size):
+    clips = read_list(video_folder / "clips.txt")
+    tiny_config.data.sampling, tiny_config.data.resize = "dense", "crop"
+
+    def eval_step(params, video, bucket):
+        light = video.reshape(len(video), -1).mean(1) / 255
+        return np.stack([light, 1 - light], 1)
+
+    where = tiny_config.data, clips, Bucket(2, 16, 16, (4, 4)), batch_size
+    found = outputs.compute(eval_step, None, *where, views=(3, 2), merge=lambda x: x)
+    assert found.values.shape == (6, 6, 2) and list(found.labels) == list(clips.labels)
+    light = found.values[0, :, 0].reshape(3, 2)  # the video grows lighter
+    assert light[0, 0] < light[1, 0] < light[2, 0]
+    mean = outputs.compute(
+        eval_step, None, *where, views=(3, 2), merge=outputs.merge_features
+    ).values
+    np.testing.assert_allclose(mean, found.values.mean(1))
 
 
 def test_unreadable_clips_are_left_out_of_the_scores(tiny_config, video_folder, tmp_path):
@@ -57,12 +98,12 @@ def test_unreadable_clips_are_left_out_of_the_scores(tiny_config, video_folder, 
         return np.tile([1.0, 0.0], (2, 1))
 
     bucket = Bucket(2, 16, 16, (4, 4))
-    row = grid.evaluate_bucket(eval_step, None, tiny_config.data, clips, bucket, batch_size=2)
-    assert row["clips"] == 1 and row["top1"] == 1.0
-    assert [path for path, _ in row["unreadable"]] == [paths[1]]
+    found = outputs.compute(eval_step, None, tiny_config.data, clips, bucket, batch_size=2)
+    assert list(found.clips) == [0] and outputs.summary(found)["top1"] == 1.0
+    assert [path for path, _ in found.unreadable] == [paths[1]]
     none = ClipList(paths[1:], np.array([1], np.int32), ["a", "b"])
     with pytest.raises(pipeline.TooManyUnreadable, match=r"no clip could be read; .*bad\.mp4"):
-        grid.evaluate_bucket(eval_step, None, tiny_config.data, none, bucket, batch_size=2)
+        outputs.compute(eval_step, None, tiny_config.data, none, bucket, batch_size=2)
 
 
 def test_the_command_writes_tables_and_pictures(trained, video_folder, capsys):

@@ -152,6 +152,20 @@ def test_bfloat16_training_follows_float32(tiny_config):
     assert losses["bfloat16"] != losses["float32"]
 
 
+def test_layers_in_a_loop_and_unrolled_give_the_same(tiny_config):
+    tiny_config.model.depth, tiny_config.model.drop_path = 3, 0.5
+    bucket = make_bucket("static_tokens", 2, (16, 16), tiny_config.model)
+    found, lengths = {}, {}
+    for layers in ("loop", "unrolled"):
+        tiny_config.train.layers = layers
+        step = TrainStep(tiny_config, 5)
+        lengths[layers] = len(step.compile(bucket, 3)["trunk"].run.as_text())
+        _, metrics = step(init_state(tiny_config, 5), make_batch(bucket), bucket)
+        found[layers] = [float(metrics[name]) for name in ("loss", "grad_norm")]
+    assert found["loop"] == pytest.approx(found["unrolled"], rel=1e-5)
+    assert lengths["unrolled"] > 1.3 * lengths["loop"]
+
+
 @pytest.mark.parametrize("remat", ["block", "matmuls"])
 def test_recomputation_saves_memory_and_changes_nothing(tiny_config, remat):
     tiny_config.model.depth = 4

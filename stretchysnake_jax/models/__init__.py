@@ -14,7 +14,13 @@ def _build(config: ModelConfig, dtype, key, **options) -> VideoMamba:
     return VideoMamba(config, dtype, nnx.Rngs(params=key), **options)
 
 
-def make_apply(config: ModelConfig, dtype: str = "float32", mesh=None, remat: str = "none"):
+def make_apply(
+    config: ModelConfig,
+    dtype: str = "float32",
+    mesh=None,
+    remat: str = "none",
+    layers: str = "auto",
+):
     """The encoder as a pure function of plain parameters.
 
     Args:
@@ -22,6 +28,7 @@ def make_apply(config: ModelConfig, dtype: str = "float32", mesh=None, remat: st
       dtype: of the computation, "float32" or "bfloat16".
       mesh: the devices that batch and tokens are spread over, see `sharding`; None: one device.
       remat: what the gradient computes again instead of keeping it, one of `config.REMAT`.
+      layers: how the compiled program runs the blocks, one of `config.LAYERS`.
 
     Returns:
       apply(params, video, key=None, output="logits"), see `VideoMamba.__call__`. `params` may be
@@ -29,7 +36,14 @@ def make_apply(config: ModelConfig, dtype: str = "float32", mesh=None, remat: st
     """
     graph, _ = nnx.split(
         nnx.eval_shape(
-            lambda: _build(config, jnp.dtype(dtype), jax.random.key(0), mesh=mesh, remat=remat)
+            lambda: _build(
+                config,
+                jnp.dtype(dtype),
+                jax.random.key(0),
+                mesh=mesh,
+                remat=remat,
+                layers=layers,
+            )
         )
     )
 
