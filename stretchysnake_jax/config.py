@@ -184,6 +184,8 @@ class DataConfig:
     recipe: str = "light"  # one of RECIPES: what stands for the fields that are None
     sampling: str | None = None  # one of SAMPLINGS, see docs/data.md
     stride: int = 4  # "dense" sampling: frames of the video per frame of the clip
+    window: float = 0.0  # seconds of the windows that long videos are cut into; 0: whole clips
+    window_stride: float = 0.0  # seconds from the start of one to the next; 0: none overlap
     # "crop": short side, then the bucket's shape; "squash": straight to (height, width);
     # "random_resized": a box of any area and a ratio of 3/4 to 4/3 in training, else as "crop"
     resize: str | None = None

@@ -158,6 +158,9 @@ def _validate_augmentation(data: DataConfig) -> None:
     for name in ("flip", "erase"):
         value = getattr(data, name)
         require(0 <= value <= 1, f"data.{name}", value, "a chance from 0 to 1")
+    for name in ("window", "window_stride"):
+        value = getattr(data, name)
+        require(value >= 0, f"data.{name}", value, "seconds >= 0")
     for name in ("mixup", "cutmix"):
         value = getattr(data, name)
         require(value >= 0, f"data.{name}", value, "the alpha of a Beta, > 0, or 0 for off")

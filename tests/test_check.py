@@ -61,7 +61,7 @@ def test_damage_is_found_by_decoding_all(folder):
 
 def test_windows(folder):
     entries = [("x/a.mp4", 0)] * 3 + [("y/c d.mp4", 1)]
-    windows = np.array([[0, 0.2], [0.4, np.inf], [0, 9], [5, 6]])
+    windows = np.array([[0, 0.16], [0.4, np.inf], [0, 9], [5, 6]])
     report = check.check_clips(listed(folder, entries, windows=windows), frames=6)
     np.testing.assert_array_equal(report.frames, [5, 10, 20, np.nan])
     assert report.short == [0]

@@ -80,7 +80,7 @@ def test_every_frame_comes_back(folder, tmp_path, kind):
         assert clip["label"] == str(list(VIDEOS).index(name)) and clip["size"] == list(shape)
     picked, _ = source.read_clip(clips.paths[0], lambda n: np.array([1, 1, 9]), lambda f: f[:2])
     assert picked.shape[:2] == (3, 2) and np.abs(levels(picked) - [12, 12, 108]).max() < 8
-    inside, n = source.read_clip(clips.paths[0], everything, window=(0.2, 0.4, "seconds"))
+    inside, n = source.read_clip(clips.paths[0], everything, window=(0.2, 0.36, "seconds"))
     assert n == 5 and np.abs(levels(inside) - grey_levels(20)[5:10]).max() < 8
     assert (check.check_clips(clips).seconds == check.check_clips(splits["clips"]).seconds).all()
 
@@ -107,7 +107,7 @@ def test_parts_of_a_longer_video(tmp_path, monkeypatch):
 
 def test_windows_groups_and_flip_are_kept(folder, tmp_path):
     text = "# columns: path start end group label\n# flip: no\n"
-    text += "a.mp4 0 0.2 g1 1\na.mp4 0.4 inf g1 0\nb.avi 0.08 9 g2 1\n"
+    text += "a.mp4 0 0.16 g1 1\na.mp4 0.4 inf g1 0\nb.avi 0.08 9 g2 1\n"
     splits = listed(folder, text) | listed(folder, text.rpartition("b.avi")[0], "val")
     made = prepare.prepare(splits, tmp_path / "out", workers=1)
     assert made.frames == 5 + 10 + 10  # those of both splits once

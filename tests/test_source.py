@@ -1,5 +1,6 @@
 """Tests of clips in files, folders of frames and records, and of parts of videos."""
 
+import dataclasses
 import json
 import os
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import VIDEOS, grey_levels
 
+from stretchysnake_jax.config import DataConfig
 from stretchysnake_jax.data import datasets, frames, records, sampling, source
 from stretchysnake_jax.data.decode import UnreadableVideo
 from stretchysnake_jax.data.lists import ListError
@@ -85,8 +87,8 @@ def test_windows(video_folder):
     for window, first, end in (
         ((5, 9, "frames"), 5, 9),
         ((5, np.inf, "frames"), 5, count),
-        ((0.2, 0.4, "seconds"), 5, 10),
-        ((0.28, 0.32, "seconds"), 7, 8),  # 7.000000000000001 frames
+        ((0.2, 0.4, "seconds"), 5, 11),
+        ((0.28, 0.32, "seconds"), 7, 9),  # 7.000000000000001 frames
         ((0.79, 9, "seconds"), 19, count),
         ((0, np.inf, "seconds"), 0, count),
     ):
@@ -99,6 +101,25 @@ def test_windows(video_folder):
         source.read_clip(path, everything, window=(20, 25, "frames"))
     with pytest.raises(UnreadableVideo, match="starts at 1 seconds"):
         source.read_clip(path, everything, window=(1, 2, "seconds"))
+
+
+def test_long_videos_are_cut_into_windows(video_folder, tmp_path):
+    text = "a.mp4 0\nb.avi 1\nnone.mp4 2\n"  # 0.8 s, 0.48 s, not there
+    (video_folder / "long.txt").write_text(text)
+    data = DataConfig(train=str(video_folder / "long.txt"), window=0.4, window_stride=0.25)
+    clips = datasets.load_clips(data, "train")
+    names = [os.path.basename(path) for path in clips.paths]
+    assert names == ["a.mp4"] * 3 + ["b.avi"] * 2 + ["none.mp4"]
+    assert clips.labels.tolist() == [0] * 3 + [1] * 2 + [2] and clips.unit == "seconds"
+    expected = [(0, 0.4), (0.25, 0.65), (0.5, 0.8), (0, 0.4), (0.25, 0.48), (0, np.inf)]
+    np.testing.assert_allclose(clips.windows, expected)
+    video, n = source.read_clip(clips.paths[1], everything, window=clips.window(1))
+    assert n == 11 and np.abs(levels(video) - grey_levels(20)[6:17]).max() < 6
+    again = source.slide(clips.select([1]), 0.2, 0.2)  # parts of parts
+    np.testing.assert_allclose(again.windows, [(0.25, 0.45), (0.45, 0.65)])
+    frames = dataclasses.replace(clips, unit="frames")
+    with pytest.raises(ListError, match="cuts by seconds"):
+        source.slide(frames, 1, 1)
 
 
 def test_windows_of_what_has_no_frame_rate(folder, tmp_path):

@@ -1,5 +1,7 @@
 """One door to a clip, whatever it lies in: a video file, a folder of frames, or a record."""
 
+import concurrent.futures
+import dataclasses
 import functools
 import math
 import os
@@ -8,9 +10,10 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from stretchysnake_jax.data import decode, frames, records
+from stretchysnake_jax.data import decode, frames, records, sampling
 from stretchysnake_jax.data.decode import UnreadableVideo
-from stretchysnake_jax.data.index import FrameCounts
+from stretchysnake_jax.data.index import FrameCounts, open_counts
+from stretchysnake_jax.data.lists import ClipList, ListError
 
 Window = tuple[float, float, str]  # see `ClipList.window`
 
@@ -27,8 +30,7 @@ def read_clip(
     Args:
       path: a video file, a folder of frames, or the address of a record.
       choose, transform: as of `decode.read_clip`; `choose` counts from the start of the window.
-      window: the part of the video that is the clip: (start, end, "seconds" or "frames"), the end
-        excluded. None: all of it.
+      window: the part of the video that is the clip, see `frame_span`. None: all of it.
       counts: of video files, as of `decode.read_clip`.
 
     Returns:
@@ -65,13 +67,57 @@ def frame_span(window: Window, n: int, rate: float) -> tuple[int, int]:
     """The frames of a window: the first, and the one after the last; at least one.
 
     Args:
-      window: (start, end, unit); the end may be inf.
+      window: (start, end, unit); the end may be inf. Of seconds the frame shown at the end belongs
+        to it, as in VideoMamba's trimmed clips, of frames the end does not.
       n: frames of the video.
       rate: frames per unit of the window.
     """
     # Rounded first: 0.28 s at 25 per second come out as 7.000000000000001 frames.
-    first = min(n - 1, math.floor(round(window[0] * rate, 6)))
-    return first, max(first + 1, math.ceil(round(min(n, window[1] * rate), 6)))
+    start, end = (math.floor(round(min(n, edge * rate), 6)) for edge in window[:2])
+    first, count = sampling.window(n, start, end - (window[2] == "frames"))
+    return first, first + count
+
+
+def slide(clips: ClipList, length: float, stride: float, threads: int = 8) -> ClipList:
+    """Cuts long clips into windows, as VideoMamba does for LVU, COIN and Breakfast.
+
+    Opens every video once. One that can't be read stays a single clip, to be reported where it is
+    read.
+
+    Args:
+      clips: the list; its windows, if any, are in seconds.
+      length, stride: of the windows, seconds, see `sampling.sliding_windows`.
+      threads: that open videos.
+
+    Raises:
+      ListError: the clips are parts of their videos in frames.
+    """
+    if clips.windows is not None and clips.unit != "seconds":
+        raise ListError("data.window cuts by seconds, but the parts of this list are in frames")
+    counts = open_counts(clips.index) if clips.index else None
+
+    def cut(i):
+        start, end, _ = clips.window(i) or (0.0, math.inf, "seconds")
+        try:
+            end = min(end, _duration(clips.paths[i], counts))
+        except UnreadableVideo:
+            return [(start, math.inf)]
+        pieces = sampling.sliding_windows(max(end - start, 0.0), length, stride)
+        return [(start + a, start + b) for a, b in pieces]
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        pieces = list(pool.map(cut, range(len(clips))))
+    ids = [i for i, found in enumerate(pieces) for _ in found]
+    windows = np.array([piece for found in pieces for piece in found], np.float64)
+    missing = clips.missing
+    return dataclasses.replace(clips.select(ids), windows=windows, unit="seconds", missing=missing)
+
+
+def _duration(path: str, counts: FrameCounts | None) -> float:
+    """Seconds of a video, by its header unless its frames were counted."""
+    _, n = read_clip(path, lambda n: np.zeros(1, np.int64), lambda frame: frame[:1, :1])
+    known = counts.get(os.path.abspath(path)) if counts is not None else None
+    return (known or n) / frame_rate(path)
 
 
 @functools.lru_cache(maxsize=1 << 16)

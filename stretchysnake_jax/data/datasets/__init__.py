@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from stretchysnake_jax.config import ConfigError, DataConfig, nearest
-from stretchysnake_jax.data import index
+from stretchysnake_jax.data import index, source
 from stretchysnake_jax.data.datasets import activities, folders, staged, web
 from stretchysnake_jax.data.datasets.tree import NoSplit
 from stretchysnake_jax.data.lists import ClipList, ListError, read_list
@@ -148,6 +148,13 @@ def load_clips(
       ConfigError: the split isn't there, can't be read, or more than data.max_unreadable of it is
         missing.
     """
+    clips = _load_split(data, split, classes, optional, say)
+    if clips is None or not data.window:
+        return clips
+    return source.slide(clips, data.window, data.window_stride or data.window)
+
+
+def _load_split(data, split, classes, optional, say):
     path = getattr(data, split)
     if path:
         return read_list(path, data.root, classes, data.allow_absolute)
