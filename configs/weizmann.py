@@ -1,19 +1,10 @@
 """The Weizmann actions: real people, ten classes, nine subjects, as class folders of .avi files.
 
-List files are "path label" per line; for a folder of classes this makes them, subjects apart:
+    stretchysnake train --config configs/weizmann.py --config.data.root=PATH --workdir runs/weizmann
 
-    cd weizmann
-    for f in */*.avi; do echo "$f ${f%%/*}"; done > all.txt
-    grep -vE '(moshe|shahar|lyova)_' all.txt > train.txt
-    grep lyova_ all.txt > val.txt
-    grep -E '(moshe|shahar)_' all.txt > test.txt
-    ls -d */ | tr -d / > classes.txt
-
-    stretchysnake train --config configs/weizmann.py --config.data.train=weizmann/train.txt \
-        --config.data.val=weizmann/val.txt --config.data.test=weizmann/test.txt \
-        --config.train.init_from=runs/demo/static_tokens --workdir runs/weizmann
-
-The model is the demo's micro model, so that it can start from the demo's weights.
+Subjects are apart: six train, one validates, two test; `--config.data.dataset=weizmann_loso` with
+`--config.data.fold=1` to 9 leaves one out. `--config.train.init_from=runs/demo/static_tokens`
+starts from the demo's weights, whose micro model this is.
 """
 
 from stretchysnake_jax.config import (
@@ -35,9 +26,8 @@ def get_config(arg: str = "") -> Config:
         model=preset("micro", frames=4, num_classes=10),
         stretch=StretchConfig(frames=(2, 4, 8), sizes=(28, 56, 112), kernel_method="area"),
         data=DataConfig(
-            train="weizmann/train.txt",
-            val="weizmann/val.txt",
-            test="weizmann/test.txt",
+            dataset="weizmann",
+            root="weizmann",
             batch_size=8,
             crop_scale=0.8,
         ),
