@@ -90,16 +90,20 @@ def test_a_batch_that_fits_is_suggested(tiny_config):
     assert unknown.fits is None and unknown.suggested_batch() is None
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_plans(monkeypatch, tmp_path, capsys):
-    small = {"dim": 16, "depth": 2, "state": 4, "patch": (4, 4), "frames": 2, "size": (8, 8)}
+    small = {"dim": 16, "depth": 1, "state": 4, "patch": (4, 4), "frames": 2, "size": (8, 8)}
     monkeypatch.setitem(config.PRESETS, "tiny", small | {"num_classes": 6, "dt_rank": 1})
     path = tmp_path / "compile.json"
-    words = ["bench", "compile", "--frames", "2", "--sizes", "4,8", "--json", str(path)]
+    words = ["bench", "compile", "--frames", "2", "--sizes", "8", "--json", str(path)]
     assert cli.main(words) == 0
-    assert "tiny, static_tokens, 2 buckets, batch 1" in capsys.readouterr().out
+    assert "tiny, static_tokens, 1 buckets, batch 1" in capsys.readouterr().out
     rows = json.loads(path.read_text())["rows"]
-    assert [row["programs"] for row in rows] == [3, 3, 2, 2]  # two stems and a trunk; two steps
+    assert [row["programs"] for row in rows] == [2, 2, 1, 1]  # a stem and a trunk; a step
     assert all(row["seconds"] >= row["longest"] > 0 for row in rows)
+
+
+def test_bad_words_for_the_benchmark_of_plans(capsys):
     for more, words in (
         (["--variant", "static"], "did you mean 'static_tokens'"),
         (["--frames", "x"], "--frames and --sizes take numbers"),

@@ -92,9 +92,8 @@ def saving(workdir, since):
         return False
 
 
-@pytest.mark.parametrize(
-    "kills, steps", [(3, STEPS), pytest.param(20, 150, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kills, steps", [(20, 150)])
 def test_killed_at_random_moments_equals_unbroken(
     kills, steps, unbroken_for, tiny_config_file, tmp_path
 ):

@@ -153,7 +153,7 @@ def test_bfloat16_training_follows_float32(tiny_config):
 
 
 def test_layers_in_a_loop_and_unrolled_give_the_same(tiny_config):
-    tiny_config.model.depth, tiny_config.model.drop_path = 3, 0.5
+    tiny_config.model.depth, tiny_config.model.drop_path = 2, 0.5
     bucket = make_bucket("static_tokens", 2, (16, 16), tiny_config.model)
     found, lengths = {}, {}
     for layers in ("loop", "unrolled"):
@@ -163,22 +163,23 @@ def test_layers_in_a_loop_and_unrolled_give_the_same(tiny_config):
         _, metrics = step(init_state(tiny_config, 5), make_batch(bucket), bucket)
         found[layers] = [float(metrics[name]) for name in ("loss", "grad_norm")]
     assert found["loop"] == pytest.approx(found["unrolled"], rel=1e-5)
-    assert lengths["unrolled"] > 1.3 * lengths["loop"]
+    assert lengths["unrolled"] > 1.2 * lengths["loop"]
 
 
-@pytest.mark.parametrize("remat", ["block", "matmuls"])
-def test_recomputation_saves_memory_and_changes_nothing(tiny_config, remat):
+@pytest.mark.slow
+def test_recomputation_saves_memory_and_changes_nothing(tiny_config):
     tiny_config.model.depth = 4
     bucket = make_bucket("static_tokens", 2, (16, 16), tiny_config.model)
     found = {}
-    for how in ("none", remat):
+    for how in ("none", "block", "matmuls"):
         tiny_config.train.remat = how
         step, batch = TrainStep(tiny_config, 5), make_batch(bucket, n=16)
         temporary = step.compile(bucket, 16)["trunk"].temporary
         _, metrics = step(init_state(tiny_config, 5), batch, bucket)
         found[how] = temporary, float(metrics["loss"]), float(metrics["grad_norm"])
-    assert found[remat][0] < 0.75 * found["none"][0]
-    assert found[remat][1:] == pytest.approx(found["none"][1:], rel=1e-5)
+    for how in ("block", "matmuls"):
+        assert found[how][0] < 0.75 * found["none"][0]
+        assert found[how][1:] == pytest.approx(found["none"][1:], rel=1e-5)
 
 
 def test_parts_of_a_batch_add_up_to_it(tiny_config):
