@@ -267,6 +267,7 @@ def plot(path, reports: dict[str, Report]) -> None:
         else:
             classes.set_xlabel("class")
         classes.set_ylabel("clips")
+        classes.yaxis.get_major_locator().set_params(integer=True)
         classes.set_title(f"{name}: {known.sum()} clips, {len(counts)} classes", fontsize=10)
         seconds = report.seconds[~np.isnan(report.seconds)]
         unit = "seconds" if len(seconds) else "frames"
