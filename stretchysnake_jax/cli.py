@@ -18,7 +18,11 @@ COMMANDS = {
     "demo": ("stretchysnake_jax.demo", "the whole path on embedded data: render, train, evaluate"),
     "train": ("stretchysnake_jax.train", "train from a config file"),
     "evaluate": ("stretchysnake_jax.evaluate", "accuracy and cost over frame counts and sizes"),
+    "compare": ("stretchysnake_jax.compare", "two evaluations: differences with intervals"),
     "predict": ("stretchysnake_jax.predict", "classify video files"),
+    "probe": ("stretchysnake_jax.probe_command", "linear and k-NN classifiers on frozen features"),
+    "features": ("stretchysnake_jax.features", "embeddings of a list as a file, token maps"),
+    "retrieve": ("stretchysnake_jax.retrieve", "nearest clips: recall and mAP, contact sheet"),
     "inspect": ("stretchysnake_jax.inspect", "buckets, or a resolved config, without running"),
     "data": (
         "stretchysnake_jax.data.commands",

@@ -5,7 +5,6 @@ import pathlib
 import time
 
 import jax
-from stretchysnake_bench import machine
 
 from stretchysnake_jax.buckets import training_buckets
 from stretchysnake_jax.clock import Clock, Progress
@@ -63,6 +62,8 @@ def measure(config: Config, plan: str, tell) -> dict:
 
 def main(argv: list[str]) -> int:
     """Runs `stretchysnake bench compile`."""
+    from stretchysnake_bench import machine
+
     parser = argparse.ArgumentParser(
         prog="stretchysnake bench compile",
         description="Seconds that compiling the training step of all buckets takes, one after "

@@ -3,16 +3,32 @@
 import csv
 import json
 import pathlib
+import shutil
+import types
 
 import cv2
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stretchysnake_jax import cli, evaluate, grid, model, outputs, plots, predict
+from stretchysnake_jax import (
+    cli,
+    evaluate,
+    flops,
+    grid,
+    model,
+    models,
+    outputs,
+    plots,
+    predict,
+)
+from stretchysnake_jax import config as config_lib
 from stretchysnake_jax.buckets import Bucket
-from stretchysnake_jax.config import ConfigError
+from stretchysnake_jax.config import ConfigError, StretchConfig
 from stretchysnake_jax.data import pipeline
 from stretchysnake_jax.data.lists import ClipList, read_list
+from stretchysnake_jax.step import EvalStep
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 
@@ -117,10 +133,16 @@ def test_the_command_writes_tables_and_pictures(trained, video_folder, capsys):
     assert [r["trained"] for r in rows] == ["True", "True", "False", "False", "False", "False"]
     assert rows[2]["patch"] == "5x6" and rows[0]["patch"] == "2"
     assert all(0 <= float(r["top1"]) <= float(r["top5"]) <= 1 for r in rows)
+    assert all(float(r["gflops"]) > float(r["published_gflops"]) > 0 for r in rows)
     assert len(json.loads((trained / "grid.json").read_text())) == 6
-    image = cv2.imread(str(trained / "grid.png"))
-    assert image is not None and image.std() > 20
-    assert not list(trained.glob("*.part"))
+    with np.load(trained / "grid.npz") as file:
+        assert list(file["clips"]) == read_list(video_folder / "clips.txt").paths
+        right = (file["ranks"] == 1).mean(1)
+    np.testing.assert_allclose(right, [float(r["top1"]) for r in rows], atol=1e-6)
+    for name in ("grid.png", "grid_cost.png"):
+        image = cv2.imread(str(trained / name))
+        assert image is not None and image.std() > 10
+    assert not list(trained.glob("*.part*"))
 
 
 def test_evaluation_agrees_with_the_python_model(trained, video_folder):
@@ -158,6 +180,13 @@ def test_the_control_keeps_the_grid_of_a_fixed_patch_model(trained, video_folder
         (["--variant", "static"], "did you mean 'static_tokens'"),
         (["--list", "nowhere.txt"], "nowhere.txt"),
         (["--batch-size", "0"], "--batch-size is 0"),
+        (["--patches", "2"], "patches are given, but static_tokens has one patch at a size"),
+        (["--patches", "40", "--variant", "flexivit"], "size 8x8 holds no patch of 40x40"),
+        (["--max-gflops", "0"], "--max-gflops is 0: it takes GFLOPs above 0"),
+        (["--max-gflops", "1", "--split", "val"], "it takes neither --list nor --split"),
+        (["--max-gflops", "1"], "the run has no test list"),
+        (["--efficiency", "16"], "--efficiency holds ''"),
+        (["--efficiency", "2x7"], "height 7 gives static_tokens no grid of 4"),
     ],
 )
 def test_wrong_arguments_give_one_sentence(trained, argv, words, capsys):
@@ -184,6 +213,10 @@ def test_predict(trained, video_folder, tmp_path, capsys):
     assert first["probability"] >= second["probability"] > 0 and first["class"] in "012345"
     assert cli.main(["predict", "--workdir", str(trained), "--size", "7", good]) == 2
     assert "no grid of 4" in capsys.readouterr().err
+    for i in range(3):
+        cv2.imwrite(str(tmp_path / f"img_{i:05}.jpg"), np.full((24, 32, 3), 80 * i, np.uint8))
+    assert cli.main(["predict", "--workdir", str(trained), str(tmp_path)]) == 0  # frames
+    assert "(2 frames at 24x24)" in capsys.readouterr().out
 
 
 def test_the_nearest_bucket_follows_the_short_side(trained):
@@ -208,6 +241,133 @@ def test_a_difference_map_is_drawn(tmp_path):
     rows = [{"frames": 2, "height": 8, "width": 8, "top1": -0.5, "trained": True}]
     plots.heat_maps(tmp_path / "d.png", [("difference", rows)], difference=True)
     assert cv2.imread(str(tmp_path / "d.png")) is not None
+
+
+def test_xla_counts_what_the_formulas_say():
+    """All but the scan, which is a kernel of ours or a loop: unknown to XLA."""
+    config = config_lib.ModelConfig(dim=96, depth=1, size=(32, 32), patch=(8, 8), frames=4)
+    params = jax.eval_shape(lambda key: models.init(config, key)[1], jax.random.key(0))
+    step, bucket = EvalStep(config, StretchConfig(), "float32"), Bucket(4, 32, 32, (8, 8))
+    cost = grid.compiled_cost(step, params, bucket, 2)
+    assert cost["xla_gflops"] is None and cost["xla_hidden"]
+    scan = 2 * 9 * bucket.tokens() * config.inner * config.state
+    rest = 2 * (flops.count(config, bucket)["full"] - scan) / 1e9
+    assert rest <= cost["xla_visible_gflops"] <= 1.2 * rest
+    size = 4 * sum(x.size for x in jax.tree.leaves(params)) + 2 * 4 * 4 * 32 * 32 * 3
+    assert size / 2**20 < cost["memory_mib"] < 20
+
+
+def test_xla_knows_a_program_without_kernels_and_loops():
+    bucket = Bucket(1, 8, 8, (4, 4))
+    stem = types.SimpleNamespace(
+        projected=lambda bucket: bucket,
+        project=jax.jit(lambda video, bucket: video[:, 0], static_argnums=1),
+    )
+
+    def cost_of(function, params):
+        trunk = jax.jit(function, static_argnums=2)
+        return grid.compiled_cost(types.SimpleNamespace(stem=stem, trunk=trunk), params, bucket, 3)
+
+    cost = cost_of(lambda p, video, _: video.reshape(3, -1) @ p, jnp.ones((192, 5)))
+    assert cost["xla_gflops"] == pytest.approx(2 * 192 * 5 / 1e9) and not cost["xla_hidden"]
+    assert cost["memory_mib"] >= 4 * (192 * 5 + 3 * 192) / 2**20
+    cost = cost_of(lambda p, v, _: jax.lax.fori_loop(0, 9, lambda i, x: x * p[i], v), jnp.ones(9))
+    assert cost["xla_gflops"] is None and cost["xla_hidden"] == ["loop"]
+
+
+def test_patches_are_a_third_axis(trained, video_folder):
+    clips = read_list(video_folder / "clips.txt")
+    kwargs = {"variant": "flexivit", "clips": clips, "name": "patches"}
+    rows = evaluate.run(trained, [2], [(16, 16)], patches=[(4, 4), (8, 4)], **kwargs)
+    assert [r["patch"] for r in rows] == ["4", "8x4"]
+    text = grid.table(rows).splitlines()
+    assert text[0].split() == ["frames", "16/4", "16/8x4"] and len(text) == 2
+    assert grid.scale_name((8, 16, (4, 2))) == "8x16/4x2"
+    loaded = model.load(trained, variant="flexivit")
+    with pipeline.eval_batches(loaded.run.data, clips, Bucket(2, 16, 16, (8, 4)), 6) as batches:
+        batch = next(batches)
+    pinned = loaded.stretch(frames=2, size=16, patch=(8, 4))
+    p = np.asarray(pinned.predict(batch["video"]))[np.arange(6), batch["label"]]
+    assert rows[1]["loss"] == pytest.approx(-np.log(p).mean(), abs=1e-5)
+    assert [r["trained"] for r in rows] == [True, False]
+
+
+def test_the_pareto_front_and_the_best():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        cells = rng.integers(1, 8, (12, 2)) / 8
+        rows = [{"gflops": g, "top1": t} for g, t in cells]
+        found = {(r["gflops"], r["top1"]) for r in grid.pareto_front(rows)}
+        assert found == {
+            (g, t)
+            for g, t in cells
+            if not any((a <= g and b > t) or (a < g and b >= t) for a, b in cells)
+        }
+        top = grid.best(rows)
+        assert (-top["top1"], top["gflops"]) == min((-t, g) for g, t in cells)
+
+
+@pytest.fixture(scope="module")
+def tested(trained, video_folder, tmp_path_factory):
+    """A run that has a test list, of the last four clips."""
+    folder = tmp_path_factory.mktemp("tested")
+    workdir = shutil.copytree(trained, folder / "tiny")
+    (video_folder / "test.txt").write_text(
+        "".join((video_folder / "clips.txt").read_text().splitlines(keepends=True)[2:])
+    )
+    run = config_lib.load(workdir / "config.json")
+    run.data.test = str(video_folder / "test.txt")
+    config_lib.save(run, workdir / "config.json")
+    return workdir
+
+
+def test_a_budget_picks_on_validation_and_reports_on_test(tested, video_folder, capsys):
+    argv = ["--workdir", str(tested), "--frames", "2,3", "--sizes", "8,16"]
+    limit = grid.gflops(config_lib.load(tested / "config.json"), Bucket(2, 16, 16, (4, 4)))
+    assert cli.main(["evaluate", *argv, "--max-gflops", str(limit)]) == 0
+    out = capsys.readouterr().out
+    rows = json.loads((tested / "budget.json").read_text())
+    assert [(r["frames"], r["height"], r["clips"]) for r in rows] == [(2, 8, 6), (2, 16, 6)]
+    wanted = max(rows, key=lambda r: (r["top1"], -r["gflops"]))
+    [row] = json.loads((tested / "budget_test.json").read_text())
+    assert row["height"] == wanted["height"] and row["clips"] == 4
+    assert f"2 frames at {wanted['height']}x{wanted['height']}" in out and "4 test clips" in out
+    own = evaluate.run(tested, [2], [(row["height"],) * 2], name="own")  # the test list by default
+    assert own[0]["loss"] == pytest.approx(row["loss"])
+    assert cli.main(["evaluate", *argv, "--max-gflops", "1e-9"]) == 2
+    assert "the cheapest cell, 2x8x8/2, takes" in capsys.readouterr().err
+
+
+def test_predict_takes_the_best_cell_of_a_budget(tested, video_folder, capsys):
+    video = str(video_folder / "a.mp4")
+    argv = ["predict", "--workdir", str(tested), "--json", video, "--grid", "chosen"]
+    assert cli.main([*argv, "--max-gflops", "1"]) == 2
+    assert "run 'stretchysnake evaluate --workdir" in capsys.readouterr().err
+    rows = evaluate.run(tested, [2], [(8, 8), (16, 16)], methods={"kernel": "pi"}, name="chosen")
+    [row.pop("ranks") for row in rows]
+    rows.append(rows[0] | {"frames": 3})
+    for row, top1 in zip(rows, (0.4, 0.5, 0.3), strict=True):
+        row["top1"] = top1
+    (tested / "chosen.json").write_text(json.dumps(rows))
+    loaded = model.load(tested)
+    costs = [
+        grid.gflops(loaded.run, Bucket(t, s, s, (p, p)))
+        for t, s, p in ((2, 8, 2), (2, 16, 4), (3, 8, 2))
+    ]
+    for limit, wanted in zip(sorted(costs), (8, 16, 16), strict=True):
+        bucket, methods = predict.best_scale(loaded, tested / "chosen", limit)
+        assert (bucket.frames, bucket.height) == (2, wanted)
+        assert methods == {"kernel": "pi", "spatial": "paper", "temporal": "paper"}
+    assert cli.main([*argv, "--max-gflops", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [found[name] for name in ("frames", "height", "width")] == [2, 16, 16]
+    clip, _ = predict.read_video(video, loaded.run.data, lambda h, w: bucket)
+    chances = np.asarray(loaded.stretch(frames=2, size=16, method=methods).predict(clip[None])[0])
+    assert found["top"][0]["probability"] == pytest.approx(chances.max(), abs=1e-5)
+    assert cli.main([*argv, "--max-gflops", "1e-9"]) == 2
+    assert "the cheapest cell of" in capsys.readouterr().err
+    assert cli.main([*argv, "--max-gflops", "1", "--size", "8"]) == 2
+    assert "neither --frames nor --size" in capsys.readouterr().err
 
 
 def test_parse_sizes():

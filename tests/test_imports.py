@@ -9,7 +9,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "stretchysnake_jax"
 KERNELS = ROOT / "kernels" / "stretchysnake_kernels"
-COMMANDS = {"train", "evaluate", "predict", "inspect", "demo", "bench", "cli"}
+COMMANDS = {"train", "evaluate", "predict", "inspect", "demo", "bench", "cli", "compare"}
+COMMANDS |= {"features", "retrieve", "probe_command"}
 # module (or folder) -> what it may import of ours; modules that aren't listed may import anything
 # but commands.
 ALLOWED = {
@@ -44,7 +45,9 @@ ALLOWED = {
 }
 # A command may use the words of another's command line, and the demo runs them all.
 SHARED = {("predict", "evaluate"), ("inspect", "evaluate"), ("train", "cli"), ("inspect", "cli")}
-SHARED |= {("demo", "train"), ("demo", "evaluate"), ("data", "cli")}
+SHARED |= {("demo", "train"), ("demo", "evaluate"), ("data", "cli"), ("compare", "evaluate")}
+SHARED |= {(name, "evaluate") for name in ("features", "retrieve", "probe_command")}
+SHARED |= {("probe_command", "cli")}
 
 
 def files():
