@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": ("stretchysnake_jax.evaluate", "accuracy and cost over frame counts and sizes"),
     "compare": ("stretchysnake_jax.compare", "two evaluations: differences with intervals"),
     "predict": ("stretchysnake_jax.predict", "classify video files"),
+    "ablate": ("stretchysnake_jax.ablate", "variants, methods and scales as one table"),
     "probe": ("stretchysnake_jax.probe_command", "linear and k-NN classifiers on frozen features"),
     "features": ("stretchysnake_jax.features", "embeddings of a list as a file, token maps"),
     "retrieve": ("stretchysnake_jax.retrieve", "nearest clips: recall and mAP, contact sheet"),
@@ -29,6 +30,7 @@ COMMANDS = {
         "check, show and prepare clips; make the embedded data set",
     ),
     "convert": ("stretchysnake_jax.convert", "PyTorch checkpoints to ours and back"),
+    "export": ("stretchysnake_jax.export", "programs for JAX alone, safetensors, card, hub"),
     "bench": (
         "stretchysnake_jax.bench",
         "benchmarks: the selective scan, the GPU kernels, the loader",

@@ -258,7 +258,7 @@ class TrainConfig:
     accumulate: int = 1  # parts of a step's batch that go through the model one after the other
     # Folder where compiled programs are kept for later runs, see docs/scale.md; "": they aren't
     compilation_cache: str = "~/.cache/stretchysnake/programs"
-    init_from: str = ""  # a checkpoint to start from: a workdir, a .pth or a .npz file
+    init_from: str = ""  # what to start from: a workdir, a .pth, .npz or .safetensors file
     log_every: int = 10  # steps
     eval_every: int = 0  # steps between validations, at the base scale; 0: at the end only
     checkpoint_every: int = 500  # steps

@@ -186,10 +186,11 @@ def load(path, *, checkpoint: str = "latest", variant: str | None = None) -> Mod
 
     Args:
       path: the workdir of a run, a PyTorch checkpoint (.pth, .pt; VideoMamba's layouts), or a .npz
-        file of `stretchysnake convert`.
+        or .safetensors file of `stretchysnake convert`.
       checkpoint: of a workdir: "latest", "best" or a step.
       variant: how the patch follows from the size, one of `config.VARIANTS`; None: as the run was
-        trained; vanilla for a file, so patches stay as they are and the tables are interpolated.
+        trained; for a file that doesn't say it vanilla, so patches stay as they are and the tables
+        are interpolated.
 
     Raises:
       ConfigError: nothing there, or nothing that can be loaded.
@@ -209,8 +210,16 @@ def load(path, *, checkpoint: str = "latest", variant: str | None = None) -> Mod
         classes = names.read_text().splitlines() if names.exists() else None
         return Model(run.model, params, methods, classes, run=run, step=step)
     if not path.exists():
-        raise ConfigError(f"nothing at {path}: it takes a workdir, a .pth or a .npz file")
-    read = convert.load if path.suffix == ".npz" else convert.load_videomamba
-    config, params = read(path)
-    params = jax.tree.map(jnp.asarray, params)
-    return Model(config, params, StretchConfig(variant=variant or "vanilla"))
+        raise ConfigError(
+            f"nothing at {path}: it takes a workdir, a .pth or a .npz or .safetensors file"
+        )
+    classes, methods = None, None
+    if path.suffix == ".safetensors":
+        config, params, classes, methods = convert.load_safetensors(path)
+    else:
+        read = convert.load if path.suffix == ".npz" else convert.load_videomamba
+        config, params = read(path)
+    methods = methods or StretchConfig(variant="vanilla")
+    if variant is not None:
+        methods = dataclasses.replace(methods, variant=variant)
+    return Model(config, jax.tree.map(jnp.asarray, params), methods, classes)

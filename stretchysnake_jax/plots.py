@@ -21,22 +21,29 @@ def heat_maps(
     difference: bool = False,
     frame: tuple[str, str] = ("trained", "trained there"),
 ) -> None:
-    """Draws grids of top-1 side by side on one scale; trained cells have a frame.
+    """Draws grids of top-1 side by side, four in a row, on one scale; trained cells have a frame.
 
     Args:
       path: the PNG to write, whole or not at all.
-      panels: (title, rows of a grid) each. Rows with low and high have them written below.
+      panels: (title, rows of a grid) each. Rows with low and high have them written below; a
+        cell whose top1 is None stays blank.
       difference: the rows' top1 are differences; the colours run from red through white to blue.
       frame: the field of a row that says whether its cell has a frame, and what that means.
     """
     grids = [_columns(rows) for _, rows in panels]
-    width = 1.0 + sum(
+    widths = [
         1.6 + max(0.75 * len(columns), 0.07 * len(title))
         for columns, (title, _) in zip(grids, panels, strict=True)
-    )
-    height = 1.7 + 0.55 * max(len(_frames(rows)) for _, rows in panels)
-    figure = Figure(figsize=(width, max(height, 2.9)), dpi=130, layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    ]
+    across = min(4, len(panels))
+    down = -(-len(panels) // across)
+    width = 1.0 + max(sum(widths[i : i + across]) for i in range(0, len(widths), across))
+    height = down * max(2.9, 1.7 + 0.55 * max(len(_frames(rows)) for _, rows in panels))
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).ravel()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    axes = axes[: len(panels)]
     limits = {"cmap": "viridis", "vmin": 0, "vmax": 100}
     if difference:
         largest = max((100 * abs(row["top1"]) for _, rows in panels for row in rows), default=0)
@@ -47,6 +54,8 @@ def heat_maps(
         values = np.full((len(frames), len(columns)), np.nan)
         for row in rows:
             i, j = frames.index(row["frames"]), columns.index(scale_of(row, patches))
+            if row["top1"] is None:
+                continue
             values[i, j] = 100 * row["top1"]
             dark = abs(values[i, j]) > 0.6 * largest if difference else values[i, j] < 60
             text = f"{values[i, j]:+.0f}" if difference else f"{values[i, j]:.0f}"

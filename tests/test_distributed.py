@@ -439,3 +439,42 @@ def test_train(tiny_config_file, tmp_path):
         losses[processes] = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
     assert len(losses[1]) == 6
     assert losses[2] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_fewer_hosts(tiny_config_file, tmp_path):
+    """One of two processes is killed; a single one continues from the last checkpoint."""
+    words = [sys.executable, "-m", "stretchysnake_jax.cli", "train", "--config", tiny_config_file]
+    words += ["--config.data.batch_size=8", "--config.data.repeats=4", "--config.train.steps=80"]
+    words += ["--config.train.checkpoint_every=5", "--config.train.log_every=1", "--workdir"]
+
+    def losses(workdir):
+        lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+    def begin(workdir, count):
+        port, started = free_port(), []
+        for process in range(count):
+            given = (f"localhost:{port}", count, process)
+            env = environment(**dict(zip(cluster.JAX, given, strict=True)))
+            with (tmp_path / f"{process}.log").open("w") as log:
+                command = [*map(str, words), str(workdir)]
+                started.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+        return started
+
+    (alone,) = begin(tmp_path / "unbroken", 1)
+    assert alone.wait(300) == 0
+    wanted, workdir = losses(tmp_path / "unbroken"), tmp_path / "run"
+    two = begin(workdir, 2)
+    checkpoints = workdir / "checkpoints"
+    while not [c for c in checkpoints.glob("*") if c.name.isdigit() and int(c.name) >= 10]:
+        assert two[0].poll() is None, (tmp_path / "0.log").read_text()
+        time.sleep(0.05)
+    two[1].kill()
+    assert two[0].wait(60) == distributed.DIED, (tmp_path / "0.log").read_text()
+    assert 10 <= max(losses(workdir)) < 80
+    (one,) = begin(workdir, 1)
+    assert one.wait(300) == 0, (tmp_path / "0.log").read_text()
+    found = losses(workdir)
+    assert list(found) == list(range(1, 81))
+    assert [found[k] for k in wanted] == pytest.approx(list(wanted.values()), rel=1e-5)

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "stretchysnake_jax"
 KERNELS = ROOT / "kernels" / "stretchysnake_kernels"
 COMMANDS = {"train", "evaluate", "predict", "inspect", "demo", "bench", "cli", "compare"}
-COMMANDS |= {"features", "retrieve", "probe_command"}
+COMMANDS |= {"features", "retrieve", "probe_command", "ablate", "export"}
 # module (or folder) -> what it may import of ours; modules that aren't listed may import anything
 # but commands.
 ALLOWED = {
@@ -47,7 +47,8 @@ ALLOWED = {
 SHARED = {("predict", "evaluate"), ("inspect", "evaluate"), ("train", "cli"), ("inspect", "cli")}
 SHARED |= {("demo", "train"), ("demo", "evaluate"), ("data", "cli"), ("compare", "evaluate")}
 SHARED |= {(name, "evaluate") for name in ("features", "retrieve", "probe_command")}
-SHARED |= {("probe_command", "cli")}
+SHARED |= {("probe_command", "cli"), ("export", "retrieve")}
+SHARED |= {("ablate", name) for name in ("cli", "evaluate", "train")}
 
 
 def files():
