@@ -106,8 +106,9 @@ def run(
     """Evaluates a workdir's model and writes files named NAME into it.
 
     NAME.csv, NAME.json and NAME.npz are the grid, see `grid.write`; NAME.png is its heat map and
-    NAME_cost.png its curve of accuracy against GFLOPs. NAME.partial.* grow with every cell, so an
-    interruption loses one cell at most.
+    NAME_cost.png its curve of accuracy against GFLOPs; NAME_classes.csv and .json have the top-1 of
+    every class, NAME_confusion.png shows the confusions of the best cell. NAME.partial.* grow with
+    every cell, so an interruption loses one cell at most.
 
     Args:
       workdir: of the run.
@@ -163,6 +164,10 @@ def run(
     title = f"{workdir.name}: {stretch.variant}, kernel {stretch.kernel_method}"
     plots.heat_maps(workdir / f"{name}.png", [(title, rows)])
     plots.cost_curve(workdir / f"{name}_cost.png", title, rows)
+    table = grid.class_table(rows, clips)
+    grid.write_table(table, workdir / f"{name}_classes", list(table[0]))
+    counts = grid.confusion(grid.best(rows), clips)
+    plots.confusion_matrix(workdir / f"{name}_confusion.png", counts, clips.classes)
     bad = {path: reason for row in rows for path, reason in row["unreadable"]}
     for path, reason in bad.items():
         progress.say(f"unreadable, left out: {path}: {reason}")
@@ -364,8 +369,8 @@ def main(argv: list[str]) -> int:
             print(f"mean over {what} cells {mean:.1f} %")
     print(f"\n{report_costs(rows)}\n")
     where = pathlib.Path(args.workdir) / args.name
-    files = ", ".join(f"{where}{end}" for end in (".csv", ".json", ".npz", ".png", "_cost.png"))
-    print(f"written: {files}")
+    ends = (".csv", ".json", ".npz", ".png", "_cost.png", "_classes.csv", "_confusion.png")
+    print(f"written: {', '.join(f'{where}{end}' for end in ends)}")
     if test is not None:
         best = grid.best(rows)
         [row] = run(

@@ -18,6 +18,7 @@ from stretchysnake_jax.data.lists import ClipList
 from stretchysnake_jax.step import EvalStep
 from stretchysnake_jax.whole_file import whole_file
 
+PER_CLIP = ("ranks", "guesses")  # arrays of a row, in the .npz only
 METHODS_OF = ("kernel", "spatial", "temporal")
 COLUMNS = ("frames", "height", "width", "patch", "top1", "top5", "mean_class", "loss", "gflops")
 COLUMNS += ("published_gflops", "xla_gflops", "memory_mib", "clips_per_s", "trained")
@@ -119,9 +120,9 @@ def evaluate_grid(
       on_batch: called with the number of clips done in all cells so far.
 
     Returns:
-      A row per cell with the keys of COLUMNS, and ranks: the rank of every clip's class, int32
-      (clips,), 0 where it was unreadable. gflops is the full count of `flops.count`; all counts are
-      of a clip with all its views.
+      A row per cell with the keys of COLUMNS, and int32 (clips,): ranks, of every clip's own
+      class, 0 where it was unreadable, and guesses, the class it was taken for, -1 there. gflops is
+      the full count of `flops.count`; all counts are of a clip with all its views.
     """
     trained = {bucket for bucket, _ in training_buckets(config.stretch, config.model)}
     exact = {bucket.patch for bucket in trained}
@@ -146,6 +147,8 @@ def evaluate_grid(
         )
         ranks = np.zeros(len(clips), np.int32)
         ranks[found.clips] = outputs.ranks(found.values, found.labels)
+        guesses = np.full(len(clips), -1, np.int32)
+        guesses[found.clips] = found.values.argmax(1)
         cost = compiled_cost(eval_step, params, bucket, batch_size)
         for name in ("xla_gflops", "xla_visible_gflops"):
             cost[name] = cost[name] and each * cost[name]
@@ -163,6 +166,7 @@ def evaluate_grid(
                 "methods": {w: getattr(stretch, f"{w}_method") for w in METHODS_OF},
                 "unreadable": found.unreadable,
                 "ranks": ranks,
+                "guesses": guesses,
             }
         )
         if on_cell:
@@ -197,13 +201,37 @@ def write_table(rows: list[dict], path, columns) -> None:
 def write(rows: list[dict], path, clips: ClipList) -> None:
     """Writes a grid: PATH.csv and PATH.json as `write_table`, and PATH.npz.
 
-    The last holds clips, the name of every clip of the list (see `clip_names`), and ranks, int32
-    (cells, clips), the rank of its own class in every cell, 0 where it was unreadable.
+    The last holds clips, the name of every clip of the list (see `clip_names`), labels (clips,),
+    and int32 (cells, clips): ranks and guesses, see `evaluate_grid`.
     """
-    ranks = np.stack([row["ranks"] for row in rows])
+    arrays = {name: np.stack([row[name] for row in rows]) for name in PER_CLIP}
+    arrays |= {"clips": np.array(clip_names(clips)), "labels": clips.labels}
     with whole_file(f"{path}.npz") as part, part.open("wb") as file:
-        np.savez_compressed(file, clips=np.array(clip_names(clips)), ranks=ranks)
-    write_table([{k: v for k, v in row.items() if k != "ranks"} for row in rows], path, COLUMNS)
+        np.savez_compressed(file, **arrays)
+    plain = [{k: v for k, v in row.items() if k not in PER_CLIP} for row in rows]
+    write_table(plain, path, COLUMNS)
+
+
+def confusion(row: dict, clips: ClipList) -> np.ndarray:
+    """How many clips of a class (row) a cell took for which (column), int64 (classes, classes)."""
+    counts = np.zeros((len(clips.classes),) * 2, np.int64)
+    readable = row["guesses"] >= 0
+    np.add.at(counts, (clips.labels[readable], row["guesses"][readable]), 1)
+    return counts
+
+
+def class_table(rows: list[dict], clips: ClipList) -> list[dict]:
+    """A row per class: its name, its clips, and its share of right ones in every cell."""
+    cells = {f"{r['frames']}x{r['height']}x{r['width']}/{r['patch']}": confusion(r, clips)
+             for r in rows}  # fmt: skip
+    return [
+        {"class": name, "clips": int((clips.labels == c).sum())}
+        | {
+            cell: float(counts[c, c] / counts[c].sum()) if counts[c].any() else None
+            for cell, counts in cells.items()
+        }
+        for c, name in enumerate(clips.classes)
+    ]
 
 
 def clip_names(clips: ClipList) -> list[str]:

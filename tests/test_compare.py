@@ -63,7 +63,8 @@ def write_grid(path, ranks, names=None, patch="4"):
     for (frames, size), found in ranks.items():
         row = dict.fromkeys(grid.COLUMNS, 0.0) | {"frames": frames, "height": size, "width": size}
         top1 = np.mean(np.array(found) == 1)
-        rows.append(row | {"patch": patch, "top1": top1, "ranks": np.array(found), "methods": {}})
+        row |= {"ranks": np.array(found), "guesses": np.array(found) - 1}
+        rows.append(row | {"patch": patch, "top1": top1, "methods": {}})
     names = names or [f"{i}.mp4" for i in range(len(found))]
     grid.write(rows, path, ClipList(names, np.zeros(len(names), np.int32), ["x"]))
 

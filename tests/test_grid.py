@@ -138,8 +138,14 @@ def test_the_command_writes_tables_and_pictures(trained, video_folder, capsys):
     with np.load(trained / "grid.npz") as file:
         assert list(file["clips"]) == read_list(video_folder / "clips.txt").paths
         right = (file["ranks"] == 1).mean(1)
+        assert ((file["guesses"] == file["labels"]).mean(1) == right).all()
+        own = (file["guesses"] == file["labels"])[2]
     np.testing.assert_allclose(right, [float(r["top1"]) for r in rows], atol=1e-6)
-    for name in ("grid.png", "grid_cost.png"):
+    with (trained / "grid_classes.csv").open() as file:
+        classes = list(csv.DictReader(file))
+    assert [row["class"] for row in classes] == list("012345")  # a clip each
+    assert [float(row["2x20x24/5x6"]) for row in classes] == own.tolist()
+    for name in ("grid.png", "grid_cost.png", "grid_confusion.png"):
         image = cv2.imread(str(trained / name))
         assert image is not None and image.std() > 10
     assert not list(trained.glob("*.part*"))
@@ -344,7 +350,7 @@ def test_predict_takes_the_best_cell_of_a_budget(tested, video_folder, capsys):
     assert cli.main([*argv, "--max-gflops", "1"]) == 2
     assert "run 'stretchysnake evaluate --workdir" in capsys.readouterr().err
     rows = evaluate.run(tested, [2], [(8, 8), (16, 16)], methods={"kernel": "pi"}, name="chosen")
-    [row.pop("ranks") for row in rows]
+    [row.pop(name) for row in rows for name in grid.PER_CLIP]
     rows.append(rows[0] | {"frames": 3})
     for row, top1 in zip(rows, (0.4, 0.5, 0.3), strict=True):
         row["top1"] = top1
