@@ -9,6 +9,7 @@ one compiled step. The schedule is a pure function of (seed, step), so every hos
 import bisect
 import dataclasses
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -135,6 +136,32 @@ def make_bucket(
     return Bucket(frames, *size, patch)
 
 
+def native_size(
+    variant: str, size: tuple[int, int], ratio: float, model: ModelConfig
+) -> tuple[int, int]:
+    """The size of about as many pixels as `size`, in the shape of a video.
+
+    Sides are whole multiples of the base grid where the patch follows from the size (then the grid
+    stays and patches become rectangles), or else of the base patch (patches stay and the grid
+    becomes a rectangle); each is the nearest to the one that would be exact.
+
+    Args:
+      variant: one of `config.VARIANTS`.
+      size: (height, width) in pixels.
+      ratio: width / height of the video, above 0.
+      model: the encoder.
+
+    Returns:
+      (height, width) in pixels.
+    """
+    follows = variant in ("static_tokens", "flexivit", "flex_all")
+    unit = model.grid if follows else model.patch
+    side = math.sqrt(size[0] * size[1])
+    exact = side / math.sqrt(ratio), side * math.sqrt(ratio)
+    height, width = (max(1, round(e / u)) * u for e, u in zip(exact, unit, strict=True))
+    return height, width
+
+
 def flex_all_patches(size: int, base_patch: int) -> tuple[int, ...]:
     """The patches flex_all draws from at `size`: divisors of it.
 
@@ -167,8 +194,11 @@ def training_buckets(stretch: StretchConfig, model: ModelConfig) -> list[tuple[B
         scales = [(size, tuple((p, p) for p in stretch.patches or PAPER_PATCHES))]
     else:
         scales = []
-        for side in stretch.sizes or PAPER_SIZES[variant]:
+        sides = stretch.sizes or PAPER_SIZES[variant]
+        for side, ratio in itertools.product(sides, stretch.ratios or (None,)):
             size = (side, side)
+            if ratio is not None:
+                size = native_size(variant, size, ratio, model)
             if variant == "flex_all":
                 patches = tuple((p, p) for p in flex_all_patches(side, model.patch[0]))
                 if not patches:

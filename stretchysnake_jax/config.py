@@ -133,6 +133,9 @@ class StretchConfig:
     variant: str = "static_tokens"  # one of VARIANTS
     frames: tuple[int, ...] = (8, 16, 32, 64)  # frame counts drawn in training (not by vanilla)
     sizes: tuple[int, ...] = ()  # square sizes drawn, pixels; (): the variant's own of the paper
+    # spatial and static_tokens: widths / heights drawn in training, each with as many pixels as the
+    # square of the size, in whole patches; (): squares
+    ratios: tuple[float, ...] = ()
     patches: tuple[int, ...] = ()  # flexivit only: patch sizes drawn; (): those of the paper
     flexivit_size: int = 240  # the one size flexivit trains at, pixels
     kernel_method: str = "paper"  # each one of METHODS

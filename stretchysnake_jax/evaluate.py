@@ -10,6 +10,7 @@ from stretchysnake_jax import model as model_lib
 from stretchysnake_jax.buckets import Bucket, make_bucket, training_buckets
 from stretchysnake_jax.clock import Clock, Progress
 from stretchysnake_jax.config import ConfigError
+from stretchysnake_jax.data import source
 from stretchysnake_jax.data.datasets import load_clips
 from stretchysnake_jax.data.lists import read_list
 
@@ -101,6 +102,7 @@ def run(
     name: str = "grid",
     batch_size: int = 8,
     views: tuple[int, int] = (1, 1),
+    native_aspect: bool = False,
     progress: Progress | None = None,
 ) -> list[dict]:
     """Evaluates a workdir's model and writes files named NAME into it.
@@ -121,6 +123,7 @@ def run(
       name: of the files.
       batch_size: views per batch.
       views: (test clips, test crops) of every clip, their probabilities averaged.
+      native_aspect: every clip in its own shape, with about as many pixels as the cell's.
       progress: shows the state of things.
 
     Returns:
@@ -154,6 +157,7 @@ def run(
         stretch,
         batch_size=batch_size,
         views=views,
+        ratios=source.aspect_ratios(clips) if native_aspect else None,
         on_cell=lambda rows: grid.write(rows, partial, clips),
         on_batch=on_batch,
     )
@@ -272,6 +276,12 @@ def main(argv: list[str]) -> int:
         help="pixels, such as 4,8 or 4x8, under flexivit and flex_all; default: by size",
     )
     parser.add_argument(
+        "--native-aspect",
+        action="store_true",
+        help="every clip in its own shape, of about as many pixels as the size: static_tokens then "
+        "has rectangular patches, fixed patches a rectangular grid",
+    )
+    parser.add_argument(
         "--max-gflops",
         type=float,
         metavar="X",
@@ -329,6 +339,11 @@ def main(argv: list[str]) -> int:
         return found
 
     clips, test, split = None, None, args.split
+    if args.native_aspect and (patches or reference or args.max_gflops is not None):
+        raise ConfigError(
+            "--native-aspect gives clips scales of their own: it takes neither --patches nor "
+            "--efficiency nor --max-gflops, which go by a cell's one scale"
+        )
     if args.max_gflops is not None:
         parse_budget(args.max_gflops)
         if args.list or args.split:
@@ -357,6 +372,7 @@ def main(argv: list[str]) -> int:
         max_gflops=args.max_gflops,
         clips=clips,
         name=args.name,
+        native_aspect=args.native_aspect,
         **settings,
         **batches,
     )
@@ -368,6 +384,9 @@ def main(argv: list[str]) -> int:
             mean = 100 * grid.mean_top1(rows, trained=trained_cells)
             print(f"mean over {what} cells {mean:.1f} %")
     print(f"\n{report_costs(rows)}\n")
+    for row in rows if args.native_aspect else ():
+        shapes = ", ".join(f"{scale} ({n})" for scale, n in row["native"].items())
+        print(f"{row['frames']}x{row['height']}x{row['width']}, clips by shape: {shapes}")
     where = pathlib.Path(args.workdir) / args.name
     ends = (".csv", ".json", ".npz", ".png", "_cost.png", "_classes.csv", "_confusion.png")
     print(f"written: {', '.join(f'{where}{end}' for end in ends)}")

@@ -1,5 +1,6 @@
 """Accuracy and cost of one model over a grid of frame counts and sizes."""
 
+import collections
 import csv
 import json
 import math
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stretchysnake_jax import flops, outputs
-from stretchysnake_jax.buckets import Bucket, make_bucket, training_buckets
+from stretchysnake_jax.buckets import Bucket, make_bucket, native_size, training_buckets
 from stretchysnake_jax.compile import compile_program
 from stretchysnake_jax.config import Config, ConfigError, StretchConfig
 from stretchysnake_jax.data.lists import ClipList
@@ -94,6 +95,40 @@ def compiled_cost(eval_step: EvalStep, params, bucket: Bucket, batch_size: int) 
     }
 
 
+def mean_cost(
+    config: Config, eval_step: EvalStep, params, members: dict, batch_size: int, views: int
+) -> dict:
+    """What a clip costs on average where clips are seen at several scales.
+
+    Args:
+      config: the run's.
+      eval_step, params, batch_size: as of `compiled_cost`.
+      members: clips by scale.
+      views: of a clip.
+
+    Returns:
+      gflops and published_gflops, see `gflops`, and the keys of `compiled_cost`; of all views.
+    """
+    costs = {
+        scale: compiled_cost(eval_step, params, scale, batch_size)
+        | {"gflops": gflops(config, scale)}
+        | {"published_gflops": gflops(config, scale, convention="published")}
+        for scale in members
+    }
+    total = sum(members.values())
+
+    def mean(name):
+        if any(cost[name] is None for cost in costs.values()):
+            return None
+        return sum(costs[scale][name] * n * views / total for scale, n in members.items())
+
+    names = ("gflops", "published_gflops", "xla_gflops", "xla_visible_gflops")
+    return {name: mean(name) for name in names} | {
+        "xla_hidden": sorted({name for cost in costs.values() for name in cost["xla_hidden"]}),
+        "memory_mib": max(cost["memory_mib"] for cost in costs.values()),
+    }
+
+
 def evaluate_grid(
     config: Config,
     params,
@@ -103,6 +138,7 @@ def evaluate_grid(
     *,
     batch_size: int = 8,
     views: tuple[int, int] = (1, 1),
+    ratios: np.ndarray | None = None,
     on_cell=None,
     on_batch=None,
 ) -> list[dict]:
@@ -116,13 +152,17 @@ def evaluate_grid(
       stretch: the methods of interpolation.
       batch_size: views per batch.
       views: (test clips, test crops) of every clip.
+      ratios: width / height of every clip, (clips,): each is seen in its own shape, see
+        `buckets.native_size`. None: all in the cell's.
       on_cell: called with all rows so far after every cell.
       on_batch: called with the number of clips done in all cells so far.
 
     Returns:
       A row per cell with the keys of COLUMNS, and int32 (clips,): ranks, of every clip's own
       class, 0 where it was unreadable, and guesses, the class it was taken for, -1 there. gflops is
-      the full count of `flops.count`; all counts are of a clip with all its views.
+      the full count of `flops.count`; all counts are of a clip with all its views. Where clips have
+      shapes of their own, counts are means over the clips, memory is the largest, a cell is trained
+      if all its shapes are, and native is the number of clips by shape.
     """
     trained = {bucket for bucket, _ in training_buckets(config.stretch, config.model)}
     exact = {bucket.patch for bucket in trained}
@@ -135,12 +175,19 @@ def evaluate_grid(
             if on_batch:
                 on_batch(before + n)
 
+        scales = [bucket] * len(clips)
+        if ratios is not None:
+            size = bucket.height, bucket.width
+            shapes = [native_size(stretch.variant, size, r, config.model) for r in ratios]
+            scales = [
+                make_bucket(stretch.variant, bucket.frames, shape, config.model) for shape in shapes
+            ]
         found = outputs.compute(
             eval_step,
             params,
             config.data,
             clips,
-            bucket,
+            scales,
             batch_size,
             views=views,
             on_batch=done,
@@ -149,18 +196,15 @@ def evaluate_grid(
         ranks[found.clips] = outputs.ranks(found.values, found.labels)
         guesses = np.full(len(clips), -1, np.int32)
         guesses[found.clips] = found.values.argmax(1)
-        cost = compiled_cost(eval_step, params, bucket, batch_size)
-        for name in ("xla_gflops", "xla_visible_gflops"):
-            cost[name] = cost[name] and each * cost[name]
+        members = collections.Counter(scales)
+        cost = mean_cost(config, eval_step, params, members, batch_size, each)
         rows.append(
             {
                 **place(bucket),
                 **outputs.summary(found),
-                "gflops": gflops(config, bucket, each),
-                "published_gflops": gflops(config, bucket, each, "published"),
                 **cost,
                 "clips_per_s": found.clips_per_s / each,
-                "trained": bucket in trained,
+                "trained": members.keys() <= trained,
                 "clips": len(found.labels),
                 "views": list(views),
                 "methods": {w: getattr(stretch, f"{w}_method") for w in METHODS_OF},
@@ -169,6 +213,8 @@ def evaluate_grid(
                 "guesses": guesses,
             }
         )
+        if ratios is not None:
+            rows[-1]["native"] = {str(scale): n for scale, n in sorted(members.items())}
         if on_cell:
             on_cell(rows)
     return rows

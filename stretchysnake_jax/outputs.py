@@ -49,7 +49,7 @@ def compute(
     params,
     data,
     clips: ClipList,
-    bucket: Bucket,
+    bucket: Bucket | list[Bucket],
     batch_size: int = 8,
     *,
     views: tuple[int, int] = (1, 1),
@@ -64,7 +64,7 @@ def compute(
       params: base parameters.
       data: the `DataConfig`, for sampling and transforms.
       clips: the list; a clip is known by its place in it.
-      bucket: the scale.
+      bucket: the scale, or a list with that of every clip; clips of one scale make batches.
       batch_size: views per batch.
       views: (test clips, test crops) of every clip.
       merge: makes one row of a clip's views, (clips, views, ...) -> (clips, ...).
@@ -75,27 +75,37 @@ def compute(
     Raises:
       TooManyUnreadable: there is no clip that can be read.
     """
-    rows, labels, ids, unreadable, times = [], [], [], {}, []
+    rows, labels, ids, unreadable, seconds, done = [], [], [], {}, 0.0, 0
     index, count = sharding.host_share(mesh) if mesh else (0, 1)
     each = math.prod(views)
-    batches = pipeline.eval_batches(
-        data, clips, bucket, batch_size, shard_index=index, shard_count=count, views=views
-    )
-    with batches:
-        for batch in batches:
-            # The first call compiles; it is made twice so that even a single batch is timed.
-            for _ in range(1 if times else 2):
-                start = time.perf_counter()
-                values = jax.block_until_ready(eval_step(params, batch["video"], bucket))
-            times.append(time.perf_counter() - start)
-            keys = ("label", "mask", "clip")
-            label, mask, clip = sharding.gather(mesh, tuple(batch[key] for key in keys))
-            rows.append(np.asarray(values, np.float64)[mask > 0])
-            labels.append(label[mask > 0])
-            ids.append(clip[mask > 0])
-            unreadable |= dict(batch["unreadable"])
-            if on_batch:
-                on_batch(min(len(clips), len(times) * batch_size // each))
+    for scale, members in _by_scale(bucket, len(clips)).items():
+        times = []
+        batches = pipeline.eval_batches(
+            data,
+            clips.select(members),
+            scale,
+            batch_size,
+            shard_index=index,
+            shard_count=count,
+            views=views,
+        )
+        with batches:
+            for batch in batches:
+                # The first call compiles; it is made twice so that even one batch is timed.
+                for _ in range(1 if times else 2):
+                    start = time.perf_counter()
+                    values = jax.block_until_ready(eval_step(params, batch["video"], scale))
+                times.append(time.perf_counter() - start)
+                keys = ("label", "mask", "clip")
+                label, mask, clip = sharding.gather(mesh, tuple(batch[key] for key in keys))
+                rows.append(np.asarray(values, np.float64)[mask > 0])
+                labels.append(label[mask > 0])
+                ids.append(members[clip[mask > 0]])
+                unreadable |= dict(batch["unreadable"])
+                if on_batch:
+                    on_batch(done + min(len(members), len(times) * batch_size // each))
+        done += len(members)
+        seconds += float(np.median(times)) * len(members) * each / batch_size
     rows, labels, ids = (np.concatenate(parts) for parts in (rows, labels, ids))
     if not len(ids):
         path, reason = next(iter(unreadable.items()), ("the list", "it is empty"))
@@ -104,8 +114,18 @@ def compute(
     order = np.argsort(ids, kind="stable")
     ids, first = np.unique(ids[order], return_index=True)
     values = np.concatenate([merge(seen[None]) for seen in np.split(rows[order], first[1:])])
-    rate = batch_size / float(np.median(times))
+    rate = done * each / seconds
     return Outputs(values, labels[order][first], ids, [*unreadable.items()], rate)
+
+
+def _by_scale(bucket, clips: int) -> dict[Bucket, np.ndarray]:
+    """The scales, and the clips that are seen at each: ascending indices."""
+    if isinstance(bucket, Bucket):
+        return {bucket: np.arange(clips)}
+    return {
+        scale: np.array([i for i, own in enumerate(bucket) if own == scale])
+        for scale in sorted(set(bucket))
+    }
 
 
 def ranks(chances: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -114,7 +114,13 @@ def validate(config: Config) -> None:
 
 
 def _validate_stretch(stretch: StretchConfig) -> None:
-    """The order in which buckets come, and distillation."""
+    """Shapes, the order in which buckets come, and distillation."""
+    if stretch.ratios:
+        flexible = stretch.variant in ("spatial", "static_tokens")
+        wanted = "() but under the variants spatial and static_tokens"
+        require(flexible, "stretch.ratios", stretch.ratios, wanted)
+    for ratio in stretch.ratios:
+        require(0.1 <= ratio <= 10, "stretch.ratios", ratio, "width / height from 0.1 to 10")
     for name in ("short_first", "curriculum"):
         value = getattr(stretch, name)
         require(0 <= value <= 1, f"stretch.{name}", value, "0 to 1")

@@ -78,6 +78,39 @@ def test_static_tokens_take_rectangles():
     assert bucket.patch == (8, 14) and bucket.grid == (14, 14)
 
 
+@pytest.mark.parametrize("variant, unit", [("static_tokens", 14), ("vanilla", 16)])
+@pytest.mark.parametrize("ratio", [9 / 16, 3 / 4, 1.0, 1.25, 4 / 3, 16 / 9])
+@pytest.mark.parametrize("side", [112, 224, 448])
+def test_native_sizes_have_the_shape_and_the_pixels(variant, unit, ratio, side):
+    height, width = buckets.native_size(variant, (side, side), ratio, MIDDLE)
+    assert height % unit == 0 and width % unit == 0
+    # Either side is at most half a unit from the exact one.
+    assert abs(height - side / ratio**0.5) <= unit / 2 + 1e-9
+    assert abs(width - side * ratio**0.5) <= unit / 2 + 1e-9
+    bucket = buckets.make_bucket(variant, 8, (height, width), MIDDLE)
+    assert (bucket.grid == (14, 14)) == (
+        variant == "static_tokens" or (height, width) == (224, 224)
+    )
+
+
+def test_native_sizes_by_hand():
+    # 224 / sqrt(4/3) = 193.99 = 13.86 x 14, 224 x sqrt(4/3) = 258.65 = 18.48 x 14.
+    assert buckets.native_size("static_tokens", (224, 224), 4 / 3, MIDDLE) == (196, 252)
+    # 12.12 x 16 and 16.17 x 16.
+    assert buckets.native_size("vanilla", (224, 224), 4 / 3, MIDDLE) == (192, 256)
+    assert buckets.native_size("static_tokens", (14, 14), 10.0, MIDDLE) == (14, 42)
+
+
+def test_training_draws_the_ratios():
+    stretch = StretchConfig(frames=(8,), sizes=(112, 224), ratios=(1.0, 4 / 3))
+    found = dict(buckets.training_buckets(stretch, MIDDLE))
+    assert {(b.height, b.width) for b in found} == {
+        (112, 112), (98, 126), (224, 224), (196, 252)
+    }  # fmt: skip
+    assert set(found.values()) == {0.25}
+    assert {b.patch for b in found} == {(8, 8), (7, 9), (16, 16), (14, 18)}
+
+
 def test_flexible_variants_use_the_test_patches_of_the_release():
     table = {96: 7, 98: 7, 112: 8, 128: 9, 192: 14, 224: 16, 288: 21, 384: 27, 448: 32}
     for size, patch in table.items():

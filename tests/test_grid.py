@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import VIDEOS
 
 from stretchysnake_jax import (
+    buckets,
     cli,
     evaluate,
     flops,
@@ -175,9 +177,48 @@ def test_the_control_keeps_the_grid_of_a_fixed_patch_model(trained, video_folder
     assert (trained / "control.csv").exists()
 
 
+@pytest.mark.parametrize("variant", ["static_tokens", "vanilla"])
+def test_native_aspect_sees_every_clip_in_its_own_shape(
+    trained, video_folder, variant, capsys, clips
+):
+    """Against the Python model, clip by clip; the broken clip is left out and counted once."""
+    rows = evaluate.run(
+        trained, [2], [(24, 24)], variant=variant, clips=clips, name="native", native_aspect=True
+    )
+    # 24 pixels, 4 x 4 base patches of 4 pixels; 4:3, 3:4 and 5:3 (24 / 1.291 = 18.6, 31.0).
+    shapes = {64 / 48: (20, 28), 48 / 64: (28, 20), 80 / 48: (20, 32)}
+    loaded = model.load(trained, variant=variant)
+    own, cost = [], []
+    for i, (_, _, width, height) in enumerate(VIDEOS.values()):
+        size = shapes[width / height]
+        bucket = buckets.make_bucket(variant, 2, size, loaded.config)
+        assert bucket.grid == (4, 4) or variant == "vanilla"
+        with pipeline.eval_batches(loaded.run.data, clips.select([i]), bucket, 1) as batches:
+            own.append(float(loaded.predict(next(batches)["video"])[0, i]))
+        cost.append(flops.count(loaded.config, bucket)["full"] / 1e9)
+    [row] = rows
+    assert row["loss"] == pytest.approx(-np.log(own).mean(), abs=1e-5)
+    # The one that can't be read has the shape of the others' median, 4:3.
+    assert row["gflops"] == pytest.approx(np.mean([*cost, cost[0]]))
+    assert row["clips"] == 6 and [path[-10:] for path, _ in row["unreadable"]] == ["broken.mp4"]
+    assert sum(row["native"].values()) == 7 and len(row["native"]) == 3 and not row["trained"]
+    assert capsys.readouterr().err.count("unreadable, left out") == 1
+    assert (trained / "native.png").exists()
+
+
+def test_native_aspect_of_squares_is_the_plain_grid(trained, clips):
+    loaded = model.load(trained)
+    ready = [grid.make_cells(loaded.run, loaded.methods, [2], [(16, 16)]), loaded.methods]
+    plain = grid.evaluate_grid(loaded.run, loaded.params, clips, *ready)
+    same = grid.evaluate_grid(loaded.run, loaded.params, clips, *ready, ratios=np.ones(len(clips)))
+    assert plain[0]["loss"] == same[0]["loss"] and plain[0]["gflops"] == same[0]["gflops"]
+    assert plain[0]["trained"] and same[0]["trained"]
+
+
 @pytest.mark.parametrize(
     "argv, words",
     [
+        (["--native-aspect", "--max-gflops", "1"], "it takes neither --patches nor --efficiency"),
         (["--frames", "2,x"], "--frames is '2,x': it takes whole numbers"),
         (["--sizes", "8x"], "--sizes holds '8x'"),
         (["--sizes", "8,7"], "height 7 gives static_tokens no grid of 4"),

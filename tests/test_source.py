@@ -244,3 +244,11 @@ def test_tfds_that_is_not_whole(tfds, tmp_path):
     (tfds / "dataset_info.json").unlink()
     with pytest.raises(ListError, match=r"holds 0 files dataset_info\.json"):
         datasets.read_dataset("tfds", str(tmp_path))
+
+
+def test_aspect_ratios(clips):
+    found = source.aspect_ratios(clips)
+    shapes = [width / height for _, _, width, height in VIDEOS.values()]
+    assert list(found[:6]) == shapes
+    assert found[6] == np.median(shapes)  # broken.mp4
+    assert list(source.aspect_ratios(clips.select([6]))) == [1.0]

@@ -120,6 +120,34 @@ def _duration(path: str, counts: FrameCounts | None) -> float:
     return (known or n) / frame_rate(path)
 
 
+def aspect_ratios(clips: ClipList, threads: int = 8) -> np.ndarray:
+    """Width / height of every clip as it is shown, rotation applied: reads its first frame.
+
+    Args:
+      clips: the list.
+      threads: that read.
+
+    Returns:
+      float64 (clips,). Clips that can't be read, which are reported where that is tried, have the
+      median of the others; 1 if there are none.
+    """
+    counts = open_counts(clips.index) if clips.index else None
+
+    def look(path):
+        try:
+            frames, _ = read_clip(path, lambda n: np.zeros(1, np.int64), counts=counts)
+        except UnreadableVideo:
+            return math.nan
+        return frames.shape[2] / frames.shape[1]
+
+    paths = list(dict.fromkeys(clips.paths))
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        found = dict(zip(paths, pool.map(look, paths), strict=True))
+    ratios = np.array([found[path] for path in clips.paths], np.float64)
+    known = ratios[~np.isnan(ratios)]
+    return np.where(np.isnan(ratios), np.median(known) if len(known) else 1.0, ratios)
+
+
 @functools.lru_cache(maxsize=1 << 16)
 def frame_rate(path: str) -> float:
     """Frames per second by the header of a video; its mean where the rate varies.
