@@ -24,6 +24,7 @@ COMMANDS = {
     "probe": ("stretchysnake_jax.probe_command", "linear and k-NN classifiers on frozen features"),
     "features": ("stretchysnake_jax.features", "embeddings of a list as a file, token maps"),
     "retrieve": ("stretchysnake_jax.retrieve", "nearest clips: recall and mAP, contact sheet"),
+    "report": ("stretchysnake_jax.report", "runs as one HTML page: curves, grids, clips, costs"),
     "inspect": ("stretchysnake_jax.inspect", "buckets, or a resolved config, without running"),
     "data": (
         "stretchysnake_jax.data.commands",

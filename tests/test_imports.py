@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "stretchysnake_jax"
 KERNELS = ROOT / "kernels" / "stretchysnake_kernels"
 COMMANDS = {"train", "evaluate", "predict", "inspect", "demo", "bench", "cli", "compare"}
-COMMANDS |= {"features", "retrieve", "probe_command", "ablate", "export"}
+COMMANDS |= {"features", "retrieve", "probe_command", "ablate", "export", "report"}
 # module (or folder) -> what it may import of ours; modules that aren't listed may import anything
 # but commands.
 ALLOWED = {
