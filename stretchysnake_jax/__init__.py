@@ -2,9 +2,18 @@
 
 import stretchysnake_jax
 model = stretchysnake_jax.load("runs/demo/static_tokens")  # a workdir, a .pth or a .npz file
-probabilities = model.predict(video)  # (batch, frames, height, width, 3), uint8
+video = model.read("holiday.mov")     # or any (batch, frames, height, width, 3), uint8
+probabilities = model.predict(video)  # (batch, classes)
 """
 
+import typing
+
+if typing.TYPE_CHECKING:
+    from stretchysnake_kernels import configure_cpu
+
+    from stretchysnake_jax.model import Model, load
+
+__all__ = ["Model", "configure_cpu", "load"]
 __version__ = "0.1.0"
 
 

@@ -1,8 +1,11 @@
 """A trained model in Python: load it, stretch it, ask it.
 
 model = stretchysnake_jax.load("runs/demo/static_tokens")
-model.logits(video)                                  # weights fitted to the video's shape
-model.stretch(frames=32, size=112).features(video)   # fitted to exactly this scale
+video = model.read("holiday.mov")        # or any uint8 array (batch, frames, height, width, 3)
+model.predict(video)                     # weights fitted to the video's shape
+model.top("holiday.mov")                 # [("wave", 0.93), ...]
+long = model.stretch(frames=32, size=112)
+long.features(long.read("holiday.mov"))  # fitted to exactly this scale
 """
 
 import dataclasses
@@ -16,9 +19,10 @@ import numpy as np
 
 from stretchysnake_jax import config as config_lib
 from stretchysnake_jax import convert, models
-from stretchysnake_jax.buckets import Bucket, make_bucket
+from stretchysnake_jax.buckets import Bucket, make_bucket, training_buckets
 from stretchysnake_jax.checkpoint import Checkpoints
 from stretchysnake_jax.config import Config, ConfigError, ModelConfig, StretchConfig
+from stretchysnake_jax.data import sampling, source, transforms
 from stretchysnake_jax.step import fit
 
 
@@ -107,6 +111,66 @@ class Model:
         """Class probabilities: `video` as of `logits` -> float32 (batch, num_classes)."""
         return jax.nn.softmax(self.logits(video), -1)
 
+    def read(self, path, *, frames: int | None = None, size=None) -> np.ndarray:
+        """Reads a clip as the model's run reads its test clips.
+
+        Args:
+          path: a video file or a folder of frames.
+          frames: frames of the clip, which are spread over the video.
+          size: pixels, a number or (height, width). Where the model is stretched, both are given by
+            it; else what isn't given is that of `nearest_bucket`.
+
+        Returns:
+          uint8 (1, frames, height, width, 3), RGB.
+
+        Raises:
+          UnreadableVideo: with the path and the reason.
+          ConfigError: the sizes don't fit together, or with those of a stretched model.
+        """
+        shape = None if size is None else _pair(size, "size")
+        pinned = self.bucket
+        if pinned:
+            own = pinned.frames, (pinned.height, pinned.width)
+            if (frames or own[0], shape or own[1]) != own:
+                raise ConfigError(f"the model is stretched to {pinned}: it reads that scale alone")
+
+        def choose(height, width):
+            return pinned or self.nearest_bucket(height, width, frames, shape)
+
+        data = self.run.data if self.run else config_lib.DataConfig()
+        return read_video(path, data, choose)[0][None]
+
+    def top(self, path, k: int = 5) -> list[tuple[str, float]]:
+        """The k most likely classes of a clip, with their probabilities; `path` as of `read`."""
+        chances = np.asarray(self.predict(self.read(path))[0], np.float64)
+        names = self.classes or [str(i) for i in range(len(chances))]
+        return [(names[i], float(chances[i])) for i in np.argsort(-chances, kind="stable")[:k]]
+
+    def nearest_bucket(self, height: int, width: int, frames=None, size=None) -> Bucket:
+        """The scale at which clips of height x width pixels are seen when none is asked for.
+
+        The trained bucket whose size is nearest to the clip's short side (in octaves), with the
+        most frames; the base scale for a model that no run trained. `frames` and `size` (height,
+        width) replace its own.
+        """
+        if self.run is None:
+            near = (self.config.frames or 1, *self.config.size)
+            near = make_bucket(self.methods.variant, near[0], near[1:], self.config)
+        else:
+            side = min(height, width)
+
+            def distance(bucket):
+                away = abs(np.log2(min(bucket.height, bucket.width) / side))
+                base = abs(bucket.patch[0] - self.config.patch[0])
+                return round(float(away), 6), -bucket.frames, base
+
+            buckets = training_buckets(self.run.stretch, self.run.model)
+            near = min((bucket for bucket, _ in buckets), key=distance)
+        if frames is None and size is None:
+            return near
+        size = size or (near.height, near.width)
+        return make_bucket(self.methods.variant, frames or near.frames, size, self.config)
+
     def bucket_of(self, shape) -> Bucket:
         """The scale at which a video of `shape` (batch, frames, height, width, 3) is seen."""
         if len(shape) != 5 or shape[-1] != 3 or min(shape) < 1:
@@ -139,6 +203,32 @@ class Model:
             raise ConfigError(f"an image model takes 1 frame, the video has {bucket.frames}")
         methods = tuple(getattr(self.methods, f"{w}_method") for w in _WEIGHTS)
         return _forward(_Frozen(self.config), methods)(self.params, video, bucket, output)
+
+
+def read_video(path, data: config_lib.DataConfig, choose_bucket) -> tuple[np.ndarray, Bucket]:
+    """Reads a clip at the scale that `choose_bucket(height, width)` gives for its frames' size.
+
+    Returns:
+      (uint8 (frames, height, width, 3), the bucket).
+
+    Raises:
+      UnreadableVideo: with the reason.
+    """
+    seen, data = {}, config_lib.resolve(data)
+
+    def geometry(frame):
+        bucket = seen.setdefault("bucket", choose_bucket(*frame.shape[:2]))
+        return transforms.eval_geometry(bucket.height, bucket.width, data.resize)(frame)
+
+    # The size decides the bucket and the bucket how many frames: look at the first frame.
+    path = str(path)
+    source.read_clip(path, lambda n: np.zeros(1, int), geometry)
+    bucket = seen["bucket"]
+    choose = functools.partial(
+        sampling.choose, data.sampling, frames=bucket.frames, stride=data.stride
+    )
+    frames, _ = source.read_clip(path, choose, geometry)
+    return frames, bucket
 
 
 _WEIGHTS = ("kernel", "spatial", "temporal")

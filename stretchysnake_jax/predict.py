@@ -1,7 +1,6 @@
 """The command `stretchysnake predict`: the most likely classes of any video file."""
 
 import argparse
-import functools
 import json
 import pathlib
 import sys
@@ -10,55 +9,10 @@ import numpy as np
 
 from stretchysnake_jax import flops, grid
 from stretchysnake_jax import model as model_lib
-from stretchysnake_jax.buckets import Bucket, make_bucket, training_buckets
-from stretchysnake_jax.config import ConfigError, DataConfig, resolve
-from stretchysnake_jax.data import decode, sampling, source, transforms
+from stretchysnake_jax.buckets import Bucket, make_bucket
+from stretchysnake_jax.config import ConfigError, DataConfig
+from stretchysnake_jax.data import decode
 from stretchysnake_jax.evaluate import parse_budget, parse_numbers, parse_sizes
-
-
-def nearest_bucket(model: model_lib.Model, height: int, width: int) -> Bucket:
-    """The scale a clip is classified at when none is asked for.
-
-    The trained bucket whose size is nearest to the clip's short side (in octaves), with the most
-    frames; the base scale for a model that no run trained.
-    """
-    if model.run is None:
-        frames = model.config.frames or 1
-        return make_bucket(model.methods.variant, frames, model.config.size, model.config)
-    buckets = [bucket for bucket, _ in training_buckets(model.run.stretch, model.run.model)]
-    side = min(height, width)
-
-    def distance(bucket):
-        away = abs(np.log2(min(bucket.height, bucket.width) / side))
-        base = abs(bucket.patch[0] - model.config.patch[0])
-        return round(float(away), 6), -bucket.frames, base
-
-    return min(buckets, key=distance)
-
-
-def read_video(path, data: DataConfig, choose_bucket) -> tuple[np.ndarray, Bucket]:
-    """Reads a clip at the scale that `choose_bucket(height, width)` gives for its frames' size.
-
-    Returns:
-      (uint8 (frames, height, width, 3), the bucket).
-
-    Raises:
-      UnreadableVideo: with the reason.
-    """
-    seen, data = {}, resolve(data)
-
-    def geometry(frame):
-        bucket = seen.setdefault("bucket", choose_bucket(*frame.shape[:2]))
-        return transforms.eval_geometry(bucket.height, bucket.width, data.resize)(frame)
-
-    # The size decides the bucket and the bucket how many frames: look at the first frame.
-    source.read_clip(path, lambda n: np.zeros(1, int), geometry)
-    bucket = seen["bucket"]
-    choose = functools.partial(
-        sampling.choose, data.sampling, frames=bucket.frames, stride=data.stride
-    )
-    frames, _ = source.read_clip(path, choose, geometry)
-    return frames, bucket
 
 
 def best_scale(
@@ -149,20 +103,14 @@ def main(argv: list[str]) -> int:
         chosen, methods = best_scale(model, path, args.max_gflops)
 
     def choose(height, width):
-        if chosen:
-            return chosen
-        near = nearest_bucket(model, height, width)
-        if frames is None and size is None:
-            return near
-        shape = size or (near.height, near.width)
-        return make_bucket(model.methods.variant, frames or near.frames, shape, model.config)
+        return chosen or model.nearest_bucket(height, width, frames, size)
 
     if frames or size:
         choose(*model.config.size)  # refuses impossible scales before any video is opened
     failed = 0
     for path in args.videos:
         try:
-            clip, bucket = read_video(path, data, choose)
+            clip, bucket = model_lib.read_video(path, data, choose)
         except decode.UnreadableVideo as error:
             failed += 1
             if args.json:

@@ -269,7 +269,7 @@ def test_predict(trained, video_folder, tmp_path, capsys):
 def test_the_nearest_bucket_follows_the_short_side(trained):
     loaded = model.load(trained)
     for side, wanted in ((7, 8), (13, 16), (18, 16), (300, 24)):
-        assert predict.nearest_bucket(loaded, side, 2 * side).height == wanted
+        assert loaded.nearest_bucket(side, 2 * side).height == wanted
 
 
 def test_tables_and_means():
@@ -408,7 +408,7 @@ def test_predict_takes_the_best_cell_of_a_budget(tested, video_folder, capsys):
     assert cli.main([*argv, "--max-gflops", "1"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [found[name] for name in ("frames", "height", "width")] == [2, 16, 16]
-    clip, _ = predict.read_video(video, loaded.run.data, lambda h, w: bucket)
+    clip, _ = model.read_video(video, loaded.run.data, lambda h, w: bucket)
     chances = np.asarray(loaded.stretch(frames=2, size=16, method=methods).predict(clip[None])[0])
     assert found["top"][0]["probability"] == pytest.approx(chances.max(), abs=1e-5)
     assert cli.main([*argv, "--max-gflops", "1e-9"]) == 2

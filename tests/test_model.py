@@ -10,6 +10,7 @@ import pytest
 import stretchysnake_jax
 from stretchysnake_jax import convert, models
 from stretchysnake_jax.config import ConfigError
+from stretchysnake_jax.data import decode, lists, pipeline
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 PTH = GOLDENS / "video_micro_nonsquare_grads.pth"
@@ -123,6 +124,38 @@ def test_wrong_videos_are_refused(golden, video, words):
     with pytest.raises(ConfigError) as error:
         golden[0].logits(video)
     assert words in str(error.value)
+
+
+def test_a_clip_is_read_as_the_run_reads_its_own(trained, video_folder):
+    run = stretchysnake_jax.load(trained)
+    video = run.read(video_folder / "a.mp4")  # 64x48: the nearest trained size is 24
+    assert video.shape == (1, 2, 24, 24, 3) and video.dtype == np.uint8
+    # Even frames, grey level 12 per frame: 2 of 20, spread evenly.
+    batch = next(
+        pipeline.eval_batches(run.run.data, *one(video_folder, run.bucket_of(video.shape)))
+    )
+    np.testing.assert_array_equal(video, batch["video"])
+    assert run.read(video_folder / "a.mp4", frames=5, size=(8, 16)).shape == (1, 5, 8, 16, 3)
+    pinned = run.stretch(frames=3, size=16)
+    assert pinned.features(pinned.read(str(video_folder / "c d.mp4"))).shape == (1, 16)
+    with pytest.raises(ConfigError, match="stretched to 3x16x16/4: it reads that scale alone"):
+        pinned.read(video_folder / "a.mp4", frames=4)
+    with pytest.raises(decode.UnreadableVideo, match="gone.mp4"):
+        run.read("gone.mp4")
+
+
+def one(folder, bucket):
+    """Arguments of `eval_batches` for a.mp4 alone."""
+    return lists.read_list(folder / "clips.txt").select([0]), bucket, 1
+
+
+def test_the_likeliest_classes_of_a_clip(trained, golden, video_folder):
+    run, path = stretchysnake_jax.load(trained), video_folder / "g.mp4"
+    found = run.top(path, 3)
+    chances = np.asarray(run.predict(run.read(path))[0])
+    assert [name for name, _ in found] == [str(i) for i in np.argsort(-chances)[:3]]
+    assert [chance for _, chance in found] == pytest.approx(sorted(chances)[::-1][:3])
+    assert len(golden[0].stretch(frames=2, size=32).top(path, 99)) == 7  # no names: numbers
 
 
 def test_wrong_paths_and_names_are_refused(golden, tmp_path):
