@@ -47,16 +47,18 @@ else
   export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${devices#cpu:}"
 fi
 
-pids=()
+pids=() told=0
 interrupted=
 # Processes in the background don't get Ctrl-C, so this passes it on as SIGTERM.
-trap 'interrupted=1; kill -TERM "${pids[@]}" 2>&-' INT TERM
+trap 'interrupted=1; kill -TERM "${pids[@]}" 2>&-; told=${#pids[@]}' INT TERM
 for ((process = 0; process < processes; process++)); do
   export JAX_PROCESS_ID=$process
   if [ "$devices" = gpu ]; then export CUDA_VISIBLE_DEVICES=${gpus[process]}; fi
   "$program" "$@" &
   pids+=($!)
 done
+# Those that had no number yet when the signal came.
+if [ -n "$interrupted" ]; then kill -TERM "${pids[@]:told}" 2>&-; fi
 
 highest=0
 for pid in "${pids[@]}"; do

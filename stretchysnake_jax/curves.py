@@ -23,8 +23,6 @@ from stretchysnake_jax.summary import (
 )
 from stretchysnake_jax.whole_file import whole_file
 
-matplotlib.use("Agg")
-
 WIDTH = 15.0  # of a picture, inches
 ALL = "all buckets"
 COLOURS = matplotlib.color_sequences["tab10"]

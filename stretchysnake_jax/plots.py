@@ -11,8 +11,6 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from stretchysnake_jax.grid import has_patches, pareto_front, scale_name, scale_of
 from stretchysnake_jax.whole_file import whole_file
 
-matplotlib.use("Agg")
-
 
 def heat_maps(
     path,

@@ -120,7 +120,7 @@ def test_local_passes_a_signal_on(tmp_path, number):
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     time.sleep(0.3)  # the trap of local.sh is set by then
     process.send_signal(number)
-    assert process.communicate(timeout=30)[0] == "saved\n" * 2
+    assert process.communicate(timeout=120)[0] == "saved\n" * 2
     assert process.returncode == 143
 
 
