@@ -1,6 +1,7 @@
-"""Builds the selective scan's C++ kernels where there is a compiler; setup.cfg says the rest.
+"""Builds the C++ of the selective scan and of the loader where there is a compiler.
 
-Nothing depends on them: without a compiler the installation goes on, and the scan is plain JAX.
+Nothing depends on it: without a compiler the installation goes on, the scan is plain JAX and frames
+are resized by OpenCV. setup.cfg says the rest.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 FOLDER = pathlib.Path("kernels/stretchysnake_kernels/selective_scan/native_cpp")
+AREA_RESIZE = pathlib.Path("stretchysnake_jax/data/area_resize.cpp")
 FLAGS = [
     "-O3",
     "-g0",
@@ -33,15 +35,28 @@ INSTRUCTIONS = {
 }
 
 
+def source_hash(paths) -> str:
+    """What tells a library of other sources apart when it is loaded."""
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()[:16]
+
+
 class BuildNative(build_ext):
     def build_extension(self, extension):
-        """Compiles scan.cpp for each set of instructions, then ffi.cpp, and links them."""
+        """Compiles and links an extension."""
+        if extension.sources == [str(AREA_RESIZE)]:
+            # OpenCV's pixels take OpenCV's rounding: no sum of products in one step.
+            extension.extra_compile_args = [*FLAGS, "-ffp-contract=off"]
+            extension.define_macros = [("SOURCE_HASH", source_hash([AREA_RESIZE]))]
+        else:
+            self.prepare_scan(extension)
+        super().build_extension(extension)
+
+    def prepare_scan(self, extension):
+        """Compiles scan.cpp for each set of instructions, to be linked with ffi.cpp."""
         jaxlib = importlib.util.find_spec("jaxlib")
         if jaxlib is None:
             raise CompileError("jaxlib, whose headers the C++ kernels need, is not installed")
-        sources = sorted(FOLDER.glob("*.[ch]pp"))
-        digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-        extension.define_macros = [("SOURCE_HASH", digest)]
+        extension.define_macros = [("SOURCE_HASH", source_hash(sorted(FOLDER.glob("*.[ch]pp"))))]
         extension.include_dirs = [str(pathlib.Path(jaxlib.origin).parent / "include"), str(FOLDER)]
         extension.extra_compile_args = FLAGS
         extension.extra_objects = []
@@ -53,7 +68,6 @@ class BuildNative(build_ext):
                 extra_postargs=["-fPIC", *FLAGS, *flags],
             )
             extension.define_macros.append((f"HAS_{name.upper()}", "1"))
-        super().build_extension(extension)
 
 
 setup(
@@ -64,6 +78,12 @@ setup(
             sources=[str(FOLDER / "ffi.cpp")],
             language="c++",
             optional=True,
-        )
+        ),
+        Extension(
+            "stretchysnake_jax.data._area_resize",
+            sources=[str(AREA_RESIZE)],
+            language="c++",
+            optional=True,
+        ),
     ],
 )

@@ -100,7 +100,7 @@ def test_the_command(video_folder, tmp_path, capsys):
     assert cli.main([*argv, "--json", str(tmp_path / "out.json")]) == 0
     text = capsys.readouterr().out
     assert "bottleneck: " in text and "Memory of the loader: " in text
-    assert "loader_to_bare >= 0.9" in text
+    assert "loader_to_bare >= 0.9" in text and "frames are shrunk by " in text
     found = json.loads((tmp_path / "out.json").read_text())
     assert [line["bucket"] for line in found["loader"]] == [str(b) for b in bench.BUCKETS]
     assert len(found["readers"]) == 1 and found["memory_bound"] > 0

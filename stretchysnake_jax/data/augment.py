@@ -305,14 +305,26 @@ class Augmentation:
     erase_box: tuple[int, int, int, int] | None = None
     rng: np.random.Generator | None = None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) of what comes out."""
+        return self.geometry.shape
+
     def frame(self, frame: np.ndarray) -> np.ndarray:
         """Augments a frame: uint8 (h, w, 3), BGR -> (height, width, 3)."""
+        return self.geometry(self._operate(frame))
+
+    def write(self, frame: np.ndarray, out: np.ndarray) -> None:
+        """The same, written into `out`, uint8 (height, width, 3), as RGB."""
+        self.geometry.write(self._operate(frame), out)
+
+    def _operate(self, frame):
         for operation in self.operations:
             frame = operation(frame)
-        return self.geometry(frame)
+        return frame
 
     def finish(self, video: np.ndarray) -> None:
-        """Erases, in place, in the frames that `frame` gave: uint8 (frames, ..., 3), RGB."""
+        """Erases, in place, in the finished frames: uint8 (frames, height, width, 3), RGB."""
         if self.erase_box:
             erase(video, self.erase_box, self.rng)
 

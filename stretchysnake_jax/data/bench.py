@@ -26,7 +26,7 @@ import numpy as np
 from stretchysnake_jax.buckets import Bucket, Schedule, make_batch_sizes, training_buckets
 from stretchysnake_jax.clock import Progress
 from stretchysnake_jax.config import Config, ConfigError, DataConfig, resolve
-from stretchysnake_jax.data import augment, datasets, decode, pipeline, readers
+from stretchysnake_jax.data import area_resize, augment, datasets, decode, pipeline, readers
 from stretchysnake_jax.data.datasets import folders
 from stretchysnake_jax.data.index import FrameCounts
 from stretchysnake_jax.data.lists import VIDEO_SUFFIXES, ClipList, read_list
@@ -77,7 +77,7 @@ def stopwatch():
         watch(decode._Capture, "skip", "read")
         watch(decode._Capture, "retrieve", "decode")
         watch(cv2, "imdecode", "decode")
-        watch(augment.Augmentation, "frame", "transform")
+        watch(augment.Augmentation, "write", "transform")
         watch(augment.Augmentation, "finish", "transform")
         watch(pipeline.LoadBatch, "__call__", "batch")
         yield spent
@@ -336,6 +336,15 @@ def readers_text(rows: dict[str, dict], names, lacking) -> str:
 # The command.
 
 
+def _shrinker() -> str:
+    """What resizes frames here, for people."""
+    try:
+        area_resize.library()
+        return "the C++ area resize"
+    except area_resize.Unavailable as reason:
+        return f"OpenCV: {reason}"
+
+
 def load_clips(paths: list[str]) -> ClipList:
     """The clips of files, folders and lists, labels of no meaning."""
     found = []
@@ -390,6 +399,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError("none of the clips can be read: 'stretchysnake data check' says why")
     loader = bench_loader(config, data, clips, options.quick, progress)
     print(loader_text(loader, data))
+    print(f"frames are shrunk by {_shrinker()}")
     sizes = tuple(row["batch_size"] for row in loader)
     bound = pipeline.memory_bound(data, make_buckets(config), sizes)
     print(f"\nMemory of the loader: {bound / _GIB:.2f} GiB at most for videos of 1920x1080:")

@@ -70,6 +70,7 @@ def read_clip(
         called again if n turns out to be another, so it must be a pure function.
       transform: applied to every frame read, uint8 (h, w, 3) -> (h', w', 3), before the next one is
         decoded, so that no two full-size frames are held. It sees the channels in the order BGR.
+        If it has a method `write`, see `to_rgb`, that is called instead.
       counts: true frame counts of earlier reads, and where new ones go. They save a read that would
         contradict the header, and change nothing else.
 
@@ -113,6 +114,29 @@ def read_clip(
         raise UnreadableVideo(path, " ".join(reason.split())) from error
 
 
+def to_rgb(frame: np.ndarray, transform=None, out: np.ndarray | None = None) -> np.ndarray:
+    """Transforms a frame and turns BGR into RGB.
+
+    Args:
+      frame: uint8 (h, w, 3), BGR.
+      transform: as of `read_clip`; either a function or an object such as `transforms.Geometry`,
+        whose `shape` is (h', w') and whose `write(frame, out)` does both at once.
+      out: where the result belongs, uint8 (h', w', 3); None: in an array of its own.
+
+    Returns:
+      `out`, or the array.
+    """
+    if hasattr(transform, "write"):
+        out = np.empty((*transform.shape, 3), np.uint8) if out is None else out
+        transform.write(frame, out)
+        return out
+    rgb = cv2.cvtColor(frame if transform is None else transform(frame), cv2.COLOR_BGR2RGB)
+    if out is None:
+        return rgb
+    out[:] = rgb
+    return out
+
+
 def _contradicts(true: int, count: int, wanted) -> bool:
     """Whether a read by the header's `count` would be found wrong, `true` being right."""
     if not count:
@@ -128,10 +152,14 @@ def _read(capture, wanted, count, transform, doubt):
         frame = capture.retrieve() if passed > index else None
         if frame is None:
             return None, min(passed, index)
-        frame = frame if transform is None else transform(frame)
         if clip is None:
-            clip = np.empty((len(wanted), *frame.shape), np.uint8)
-        clip[filled : filled + repeats] = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+            first = to_rgb(frame, transform)
+            clip = np.empty((len(wanted), *first.shape), np.uint8)
+            clip[0] = first
+        else:
+            to_rgb(frame, transform, clip[filled])
+        if repeats > 1:
+            clip[filled + 1 : filled + repeats] = clip[filled]
         filled += repeats
     # A header's count too small to fill the clip may be wrong (concatenated MPEG streams say 1).
     # Either the file is short, and counting costs little, or it has to be counted.

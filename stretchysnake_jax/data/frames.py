@@ -8,7 +8,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from stretchysnake_jax.data.decode import UnreadableVideo, set_up_opencv
+from stretchysnake_jax.data.decode import UnreadableVideo, set_up_opencv, to_rgb
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -93,6 +93,5 @@ def read_images(path, names, load, choose, transform=None) -> tuple[np.ndarray, 
         size = size or frame.shape[1::-1]
         if frame.shape[1::-1] != size:
             frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
-        frame = frame if transform is None else transform(frame)
-        frames[i] = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        frames[i] = to_rgb(frame, transform)
     return np.stack([frames[i] for i in wanted.tolist()]), len(names)

@@ -153,11 +153,7 @@ class LoadBatch:
             rng = sample_rng(self.seed, first, _STREAMS["frames"])
             return self._choose(n, bucket, rng=rng)
 
-        def transform(frame):
-            return np.concatenate([copy.frame(frame) for copy in copies])
-
-        only = copies[0].frame if len(copies) == 1 else None
-        video = self._read(clip, choose, only or transform)
+        video = self._read(clip, choose, copies[0] if len(copies) == 1 else _Copies(copies))
         video = video.reshape(bucket.frames, len(copies), bucket.height, bucket.width, 3)
         for copy, frames in zip(copies, video.swapaxes(0, 1), strict=True):
             copy.finish(frames)
@@ -187,6 +183,20 @@ class LoadBatch:
         window, index = self.clips.window(clip), self.clips.index
         counts = open_counts(index) if index else None
         return source.read_clip(self.clips.paths[clip], choose, transform, window, counts)[0]
+
+
+class _Copies:
+    """Several augmentations of the same frame, the results one below the other."""
+
+    def __init__(self, copies):
+        self._copies = copies
+        height, width = copies[0].shape
+        self.shape = len(copies) * height, width
+
+    def write(self, frame, out):
+        """See `decode.to_rgb`."""
+        for copy, part in zip(self._copies, np.split(out, len(self._copies)), strict=True):
+            copy.write(frame, part)
 
 
 def sample_rng(seed: int, row: int, stream: int) -> np.random.Generator:

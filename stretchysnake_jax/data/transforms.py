@@ -9,6 +9,8 @@ import math
 import cv2
 import numpy as np
 
+from stretchysnake_jax.data import area_resize
+
 RATIO = (3 / 4, 4 / 3)  # width / height of a random-resized box, over that of what comes out
 _TRIES = 10  # boxes drawn before the centre is taken
 
@@ -32,6 +34,11 @@ class Geometry:
     place: tuple[float, float] = (0.5, 0.5)
     flip: bool = False
     view: tuple[int, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) of what comes out."""
+        return self.height, self.width
 
     def box(self, height: int, width: int) -> tuple[int, int, int, int]:
         """The part of a (height, width) frame that is kept, as (top, left, height, width)."""
@@ -59,9 +66,25 @@ class Geometry:
         Returns:
           uint8 (height, width, 3); it may share memory with `frame`.
         """
-        top, left, high, wide = self.box(*frame.shape[:2])
-        frame = resize(frame[top : top + high, left : left + wide], self.height, self.width)
+        frame = resize(self._cut(frame), self.height, self.width)
         return cv2.flip(frame, 1) if self.flip else frame
+
+    def write(self, frame: np.ndarray, out: np.ndarray) -> None:
+        """Applies the geometry to one frame, BGR, and writes the result as RGB.
+
+        Args:
+          frame: uint8 (h, w, 3).
+          out: uint8 (height, width, 3), overwritten.
+        """
+        cut = self._cut(frame)
+        if area_resize.shrink(cut, out, swap=True, flip=self.flip):
+            return
+        cut = resize(cut, self.height, self.width)
+        cv2.cvtColor(cv2.flip(cut, 1) if self.flip else cut, cv2.COLOR_BGR2RGB, dst=out)
+
+    def _cut(self, frame):
+        top, left, high, wide = self.box(*frame.shape[:2])
+        return frame[top : top + high, left : left + wide]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,7 +136,10 @@ def resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     high, wide = frame.shape[:2]
     if high > height or wide > width:
         size = (min(wide, width), min(high, height))
-        frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+        small = np.empty((*size[::-1], 3), np.uint8)
+        if not area_resize.shrink(frame, small):
+            small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+        frame = small
     if high < height or wide < width:
         frame = cv2.resize(frame, (width, height), interpolation=cv2.INTER_LINEAR)
     return frame
