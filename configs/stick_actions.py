@@ -2,9 +2,11 @@
 
     stretchysnake train --config configs/stick_actions.py --workdir runs/stick
     stretchysnake train --config configs/stick_actions.py:debug --workdir runs/debug   # seconds
+    stretchysnake train --config configs/stick_actions.py:attention --workdir runs/vit
 
 Clips are 2, 4 or 8 frames spread evenly over the video and 28, 56 or 112 pixels square; the token
-grid stays 7x7. `--config.stretch.variant=vanilla` trains on 4 frames at 56 pixels alone.
+grid stays 7x7. `--config.stretch.variant=vanilla` trains on 4 frames at 56 pixels alone. The
+argument "attention" is the transformer of equal size: 3 ViT blocks instead of 4 Mamba blocks.
 """
 
 from stretchysnake_jax.config import (
@@ -14,12 +16,13 @@ from stretchysnake_jax.config import (
     StickActionsConfig,
     StretchConfig,
     TrainConfig,
+    attention_twin,
     preset,
 )
 
 
 def get_config(arg: str = "") -> Config:
-    """`arg` is "" or "debug"."""
+    """`arg` is "", "debug" or "attention"."""
     config = Config(
         name="stick_actions",
         model=preset("micro", frames=4, num_classes=10),
@@ -55,6 +58,11 @@ def get_config(arg: str = "") -> Config:
         config.stretch.frames = (2,)  # one frame count, one trunk to compile
         config.train.steps = 6
         config.train.log_every = 1
+    elif arg == "attention":
+        config.name, config.model = "stick_actions_attention", attention_twin(config.model)
+        config.model.heads = 4  # ViT's 64 channels a head would leave one
     elif arg:
-        raise ValueError(f"unknown argument {arg!r} of configs/stick_actions.py: it takes debug")
+        raise ValueError(
+            f"unknown argument {arg!r} of configs/stick_actions.py: it takes debug or attention"
+        )
     return config

@@ -84,10 +84,14 @@ def _side(pair) -> str:
 def _model(model: model_lib.Model) -> str:
     config, methods = model.config, model.methods
     frames = "1 frame (an image model)" if config.frames is None else f"{config.frames} frames"
+    encoder = f"VideoMamba, {preset_name(config) or 'a size of its own'}: {config.depth} blocks of "
+    encoder += f"{config.dim} channels, state {config.state}"
+    if config.blocks == "attention":
+        encoder = f"transformer: {config.depth} ViT blocks of {config.dim} channels, "
+        encoder += f"{config.num_heads} heads, MLP ratio {config.mlp_ratio:g}"
     return "## Model\n\n" + _table(
         {
-            "encoder": f"VideoMamba, {preset_name(config) or 'a size of its own'}: "
-            f"{config.depth} blocks of {config.dim} channels, state {config.state}",
+            "encoder": encoder,
             "parameters": f"{models.count(model.params):,}",
             "variant": methods.variant,
             "base scale": f"{frames} of {_side(config.size)} pixels, patches of "
@@ -202,7 +206,8 @@ def make(
     """
     run, config = model.run, model.config
     name = name or (run.name if run else "stretchysnake model")
-    sentence = f"A VideoMamba encoder (variant {model.methods.variant} of StretchySnake, "
+    kind = "VideoMamba" if config.blocks == "mamba" else "transformer"
+    sentence = f"A {kind} encoder (variant {model.methods.variant} of StretchySnake, "
     sentence += "arXiv 2510.16209)"
     sentence += ", trained" if run else ", converted"
     sentence += f" with stretchysnake-jax {stretchysnake_jax.__version__}."

@@ -17,6 +17,7 @@ METHODS = ("paper", "pi", "area", "bilinear", "nearest", "lanczos3", "none")
 SAMPLINGS = ("sparse", "uniform", "dense", "ssv2")
 REMAT = ("none", "block", "matmuls")
 LAYERS = ("auto", "loop", "unrolled")
+BLOCKS = ("mamba", "attention")
 RESIZES = ("crop", "squash", "random_resized")
 LOGGERS = ("tensorboard", "wandb")
 SCHEDULES = ("cosine", "videomamba")
@@ -85,7 +86,7 @@ OPTIM_RECIPES = {
 @dataclasses.dataclass
 class ModelConfig:
     """Shape and initialisation of a VideoMamba encoder; `PRESETS` names the published
-    ones."""
+    ones. A field that only one kind of blocks has is left aside by the other."""
 
     dim: int = 192  # channels of a token
     depth: int = 24  # blocks
@@ -109,6 +110,19 @@ class ModelConfig:
     normalise: str = (
         "imagenet"  # uint8 input: "imagenet" mean and std, or "clip": by the clip's own
     )
+    blocks: str = "mamba"  # "attention": those of a plain ViT, see `attention_twin`
+    heads: int | None = None  # of attention blocks; None: one for every 64 channels, as in ViT
+    mlp_ratio: float = 4.0  # hidden width of their MLP / dim
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of an attention block."""
+        return self.heads if self.heads is not None else max(1, self.dim // 64)
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the MLP of an attention block."""
+        return int(self.mlp_ratio * self.dim)
 
     @property
     def inner(self) -> int:
@@ -164,6 +178,10 @@ class StickActionsConfig:
     takes: int = 2  # clips per subject and class
     size: int = 128  # pixels
     seed: int = 0
+    # Levels 0 to 3 of the spatial detail and of the timing that tell the classes, see docs/data.md;
+    # the classes differ from those of level 0
+    detail: int = 0
+    timing: int = 0
 
 
 @dataclasses.dataclass
@@ -360,6 +378,36 @@ def require(ok: bool, field: str, value, takes: str) -> None:
     """Raises ConfigError: what `field` is, and what it takes, unless `ok`."""
     if not ok:
         raise ConfigError(f"{field} is {value!r}: it takes {takes}")
+
+
+def check_blocks(model: ModelConfig) -> None:
+    """Raises ConfigError if `model` has no blocks that can be built."""
+    check_choice("model.blocks", model.blocks, BLOCKS)
+    if model.blocks == "attention":
+        ok = model.num_heads >= 1 and model.dim % model.num_heads == 0
+        require(ok, "model.heads", model.heads, f"a number that divides model.dim, {model.dim}")
+        takes = "a number > 0 that makes the MLP a channel wide or more"
+        require(model.hidden >= 1, "model.mlp_ratio", model.mlp_ratio, takes)
+
+
+def block_parameters(model: ModelConfig) -> int:
+    """How many parameters a block has."""
+    dim, inner, state, rank = model.dim, model.inner, model.state, model.rank
+    if model.blocks == "attention":  # two norms, qkv, proj, fc1, fc2, all with biases
+        return 4 * dim * (dim + 1) + 4 * dim + 2 * dim * model.hidden + model.hidden + dim
+    direction = inner * (model.conv_width + 1 + rank + 2 * state + rank + 1 + state + 1)
+    return dim + 3 * dim * inner + 2 * direction  # norm, in_proj and out_proj, both directions
+
+
+def attention_twin(model: ModelConfig) -> ModelConfig:
+    """The transformer of the same size: as many ViT blocks as come closest in parameters.
+
+    Width, heads and MLP ratio stay as `model` has them, tokens, tables and head too, so the depth
+    is what makes the sizes equal: a ViT block at ratio 4 holds about 1.5 Mamba blocks' parameters.
+    """
+    twin = dataclasses.replace(model, blocks="attention")
+    depth = round(model.depth * block_parameters(model) / block_parameters(twin))
+    return dataclasses.replace(twin, depth=max(1, depth))
 
 
 def resolve(part):

@@ -111,7 +111,17 @@ def load_videomamba(path, **options) -> tuple[ModelConfig, dict]:
 
 
 def save_torch(path, config: ModelConfig, params: dict) -> None:
-    """Writes a flat state dict that torch.load reads, with weights_only=True too; whole or not."""
+    """Writes a flat state dict that torch.load reads, with weights_only=True too; whole or not.
+
+    Raises:
+      CheckpointError: params that aren't of `config`.
+      ConfigError: a model with attention blocks.
+    """
+    if config.blocks != "mamba":
+        raise ConfigError(
+            f"model.blocks is {config.blocks!r}: PyTorch's VideoMamba has no such blocks, so the "
+            "weights can be written as .npz or .safetensors alone"
+        )
     torch_file.write(path, to_state_dict(config, params))
 
 
@@ -316,7 +326,9 @@ def _read(source: pathlib.Path, options: dict):
 
 
 def preset_name(config: ModelConfig) -> str | None:
-    """The preset of this width, depth and patch, or None."""
+    """The preset of this width, depth and patch, or None; no preset has attention blocks."""
+    if config.blocks != "mamba":
+        return None
     shape = {"dim": config.dim, "depth": config.depth, "patch": config.patch}
     for name, fields in PRESETS.items():
         if shape == {key: fields.get(key, getattr(ModelConfig(), key)) for key in shape}:
@@ -330,10 +342,13 @@ def _describe(config: ModelConfig, params: dict) -> list[str]:
     frames = "an image model"
     if config.frames is not None:
         frames = f"{config.frames} frames, tubelet {config.tubelet}"
+    sizes = f"state {config.state}, expand {config.expand}, dt rank {config.rank}, convolution "
+    sizes += f"{config.conv_width}"
+    if config.blocks == "attention":
+        sizes = f"attention blocks, heads {config.num_heads}, MLP ratio {config.mlp_ratio:g}"
     return [
         f"model: {preset_name(config) or 'no preset'}, {count:,} parameters",
-        f"sizes: dim {config.dim}, depth {config.depth}, state {config.state}, "
-        f"expand {config.expand}, dt rank {config.rank}, convolution {config.conv_width}",
+        f"sizes: dim {config.dim}, depth {config.depth}, {sizes}",
         f"input: {frames}, {config.size[0]}x{config.size[1]} pixels, "
         f"patch {config.patch[0]}x{config.patch[1]}, {config.num_classes} classes",
         f"pooling: {config.pooling}, normalisation: {config.normalise} (a .pth file holds neither)",

@@ -5,6 +5,7 @@ One multiply-add is one operation, as in the tables of VideoMamba and most of th
     fused scan finds, and so the "GFLOPs" of the VideoMamba and StretchySnake papers.
   full: these, and both directions' convolutions, x_proj and dt_proj, and 9 operations per scan
     element (batch, length, channel, state) and direction.
+Attention hides nothing: both counts hold its projections, its MLP and the two products QK^T and PV.
 """
 
 from stretchysnake_jax.buckets import Bucket
@@ -24,6 +25,11 @@ def count(model: ModelConfig, bucket: Bucket) -> dict[str, float]:
     length = bucket.tokens(model.tubelet)
     patch = (length - 1) * 3 * model.tubelet * bucket.patch[0] * bucket.patch[1] * model.dim
     head = model.dim * model.num_classes
+    if model.blocks == "attention":
+        linear = length * model.dim * (4 * model.dim + 2 * model.hidden)  # qkv, proj; fc1, fc2
+        products = 2 * length**2 * model.dim
+        total = float(patch + head + model.depth * (linear + products))
+        return {"published": total, "full": total}
     projections = (
         length * 3 * model.dim * model.inner
     )  # in_proj dim -> 2 inner, out_proj inner -> dim

@@ -11,11 +11,13 @@ long.features(long.read("holiday.mov"))  # fitted to exactly this scale
 import dataclasses
 import functools
 import numbers
+import os
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from stretchysnake_jax import config as config_lib
 from stretchysnake_jax import convert, models
@@ -48,7 +50,14 @@ class Model:
     run: Config | None = None
     step: int | None = None
 
-    def stretch(self, *, frames=None, size=None, patch=None, method=None) -> "Model":
+    def stretch(
+        self,
+        *,
+        frames: int | None = None,
+        size: int | tuple[int, int] | None = None,
+        patch: int | tuple[int, int] | None = None,
+        method: str | dict[str, str] | None = None,
+    ) -> "Model":
         """The same weights, pinned to one scale.
 
         Always starts from the base parameters: stretching twice loses nothing.
@@ -88,7 +97,7 @@ class Model:
         """The parameters interpolated to the pinned scale; the base ones if none is pinned."""
         return self.params if self.bucket is None else fit(self.params, self.bucket, self.methods)
 
-    def logits(self, video) -> jax.Array:
+    def logits(self, video: npt.ArrayLike) -> jax.Array:
         """Class scores.
 
         Args:
@@ -103,15 +112,21 @@ class Model:
         """
         return self._run(video, "logits")
 
-    def features(self, video) -> jax.Array:
+    def features(self, video: npt.ArrayLike) -> jax.Array:
         """Clip embeddings after the final norm: `video` as of `logits` -> float32 (batch, dim)."""
         return self._run(video, "features")
 
-    def predict(self, video) -> jax.Array:
+    def predict(self, video: npt.ArrayLike) -> jax.Array:
         """Class probabilities: `video` as of `logits` -> float32 (batch, num_classes)."""
         return jax.nn.softmax(self.logits(video), -1)
 
-    def read(self, path, *, frames: int | None = None, size=None) -> np.ndarray:
+    def read(
+        self,
+        path: str | os.PathLike,
+        *,
+        frames: int | None = None,
+        size: int | tuple[int, int] | None = None,
+    ) -> np.ndarray:
         """Reads a clip as the model's run reads its test clips.
 
         Args:
@@ -140,7 +155,7 @@ class Model:
         data = self.run.data if self.run else config_lib.DataConfig()
         return read_video(path, data, choose)[0][None]
 
-    def top(self, path, k: int = 5) -> list[tuple[str, float]]:
+    def top(self, path: str | os.PathLike, k: int = 5) -> list[tuple[str, float]]:
         """The k most likely classes of a clip, with their probabilities; `path` as of `read`."""
         chances = np.asarray(self.predict(self.read(path))[0], np.float64)
         names = self.classes or [str(i) for i in range(len(chances))]
@@ -271,7 +286,9 @@ def _forward(frozen: _Frozen, methods: tuple[str, str, str]):
     return forward
 
 
-def load(path, *, checkpoint: str = "latest", variant: str | None = None) -> Model:
+def load(
+    path: str | os.PathLike, *, checkpoint: str = "latest", variant: str | None = None
+) -> Model:
     """Loads a model.
 
     Args:

@@ -20,12 +20,15 @@ from stretchysnake_jax import flops
 from stretchysnake_jax.buckets import Bucket, make_bucket
 from stretchysnake_jax.clock import Progress, duration
 from stretchysnake_jax.config import (
+    BLOCKS,
     PRESETS,
     REMAT,
     Config,
     ConfigError,
     DataConfig,
     TrainConfig,
+    attention_twin,
+    check_choice,
     preset,
 )
 from stretchysnake_jax.step_contenders import (
@@ -37,7 +40,15 @@ from stretchysnake_jax.step_contenders import (
     available_memory,
     save_weights,
 )
-from stretchysnake_jax.step_scaling import MOST, exponents, plot, scaling_buckets
+from stretchysnake_jax.step_scaling import (
+    ATTENTION,
+    MOST,
+    case_of,
+    exponents,
+    plot,
+    scaling_buckets,
+    scaling_names,
+)
 from stretchysnake_jax.validation import validate
 
 SPEED_BAR, MEMORY_BAR = 3.5, 1 / 3  # of PyTorch's, for the preset tiny at 8x112, batch 8, on a CPU
@@ -69,8 +80,9 @@ def step_flops(case: Case) -> float:
     A multiply-add is two, the scan's nine per element (batch, length, channel, state) and direction
     are nine, backward is twice forward, and what is computed again for the gradient doesn't count.
     """
-    model = case.config.model
-    scan = 9 * 2 * model.depth * case.tokens * model.inner * model.state
+    model, scan = case.config.model, 0
+    if model.blocks == "mamba":
+        scan = 9 * 2 * model.depth * case.tokens * model.inner * model.state
     return 3 * case.batch * (2 * flops.count(model, case.bucket)["full"] - scan)
 
 
@@ -111,8 +123,8 @@ def measure(case: Case, names, rounds: int, progress: Progress, say) -> list[dic
     """Runs the contenders of a case in turns.
 
     Args:
-      case: what they compute.
-      names: of `CONTENDERS`.
+      case: what they compute, see `case_of`.
+      names: of `CONTENDERS`, and `ATTENTION`.
       rounds: timed steps of each.
       progress: shows how far it is.
       say: is told, in a sentence, of a contender that failed.
@@ -124,7 +136,8 @@ def measure(case: Case, names, rounds: int, progress: Progress, say) -> list[dic
     running, rows = [], []
     try:
         for name in names:
-            contender = Contender(name, case)
+            contender = Contender(OURS if name == ATTENTION else name, case_of(name, case))
+            contender.name = name
             running.append(contender)
             progress.show(f"{case.bucket}: {name}: compiling and warming up", force=True)
             try:
@@ -186,7 +199,7 @@ def complete(rows: list[dict], case: Case, device: dict, products: list[float]) 
         row["cpu_ms"] = 1e3 * float(np.median(row["cpu"]))
         row |= {"clips_per_s": case.batch / median}
         row |= {"tokens_per_s": case.batch * case.tokens / median}
-        row["flops_per_s"] = step_flops(case) / median
+        row["flops_per_s"] = step_flops(case_of(row["name"], case)) / median
         row["mfu"] = None if peak is None else row["flops_per_s"] / peak
         if other is not None and row is not other:
             # The less flattering one: threads that wait for each other lose most on a busy machine.
@@ -247,6 +260,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--remat", default="none", help=f"of ours, one of {', '.join(REMAT)}; default: none")
     add("--accumulate", type=int, default=1, help="of ours: parts of a batch; default: 1")
     add("--scaling", action="store_true", help="our time and memory over token counts, fitted")
+    text = "with --scaling: mamba (default), attention (the transformer of equal size), or both"
+    add("--blocks", metavar="mamba,attention", help=text)
     add("--most-tokens", type=int, default=MOST, help="with --scaling")
     add("--json", type=pathlib.Path, help="also write the results to this file")
     add("--plot", type=pathlib.Path, help="with --scaling: draw them into this PNG")
@@ -255,8 +270,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name} is {value}, takes at least 1")
-    if options.plot is not None and not options.scaling:
-        parser.error("--plot goes with --scaling")
+    for name in ("plot", "blocks"):
+        if getattr(options, name) is not None and not options.scaling:
+            parser.error(f"--{name} goes with --scaling")
+    options.blocks = (options.blocks or "mamba").split(",")
     can_write(parser, options.json)
     if options.plot is not None and not options.plot.parent.is_dir():
         parser.error(f"--plot is {options.plot}, but there is no folder {options.plot.parent}")
@@ -299,14 +316,17 @@ def others_share(others, start: float) -> float | None:
 
 def run_case(case: Case, options, progress: Progress, say) -> list[dict]:
     """Measures one bucket; returns the rows of `measure`."""
-    names = [OURS] if options.scaling else contenders_for(case, say)
+    if options.scaling:
+        names = scaling_names(case, options.blocks, say)
+    else:
+        names = contenders_for(case, say)
     with tempfile.TemporaryDirectory(prefix="stretchysnake-bench-") as folder:
         if TORCH in names:
             case = dataclasses.replace(case, weights=str(pathlib.Path(folder) / "weights.npz"))
             save_weights(case, case.weights)
         rows = measure(case, names, options.rounds, progress, say)
     losses = [row["loss"] for row in rows]
-    if len(losses) > 1 and abs(losses[0] - losses[1]) > 1e-3 * abs(losses[1]):
+    if TORCH in names and len(losses) > 1 and abs(losses[0] - losses[1]) > 1e-3 * abs(losses[1]):
         say(f"{case.bucket}: NOT THE SAME MODEL: the first losses are {losses}.")
     return rows
 
@@ -316,6 +336,8 @@ def main(argv: list[str]) -> int:
     from stretchysnake_bench import machine
 
     options = parse(argv)
+    for kind in options.blocks:
+        check_choice("--blocks", kind, BLOCKS)
     # Blocks all cost the same, so fewer tell how cost grows.
     depth = options.depth or (SCALING_DEPTH if options.scaling else None)
     model = preset(options.model, **({} if depth is None else {"depth": depth}))
@@ -337,6 +359,8 @@ def main(argv: list[str]) -> int:
     print(f"{options.model}, {model.depth} blocks, batch {batch}, {options.dtype}")
     if depth is not None and depth != PRESETS[options.model].get("depth"):
         print(f"The preset has {preset(options.model).depth} blocks.")
+    if "attention" in options.blocks:
+        print(f"{ATTENTION}: {attention_twin(model).depth} ViT blocks, as many parameters.")
     progress, cases, notes = Progress(), [], []
 
     def say(text):
@@ -366,9 +390,11 @@ def main(argv: list[str]) -> int:
         result["exponents"] = fits = exponents(rows)
         for fit in fits:
             words = "holds" if fit["exponent"] <= EXPONENT_BAR else "MISSED"
+            other = fit["name"] == ATTENTION
+            who, bar = (f"{ATTENTION}: ", "") if other else ("", f" (bar {EXPONENT_BAR}: {words})")
             print(
-                f"{fit['of']} ~ tokens^{fit['exponent']:.3f} over {fit['points']} points from "
-                f"{fit['from']:,} to {fit['to']:,} tokens (bar {EXPONENT_BAR}: {words})"
+                f"{who}{fit['of']} ~ tokens^{fit['exponent']:.3f} over {fit['points']} points from "
+                f"{fit['from']:,} to {fit['to']:,} tokens{bar}"
             )
         if options.plot and rows:
             title = f"{options.model}, {model.depth} blocks, batch {batch}, {options.dtype}"
@@ -383,4 +409,4 @@ def main(argv: list[str]) -> int:
     print(f"took {duration(time.perf_counter() - start)}")
     if options.json:
         machine.write_json(options.json, result)
-    return 0 if any(row["name"] == OURS for row in rows) else 1
+    return 0 if any(row["name"] in (OURS, ATTENTION) for row in rows) else 1

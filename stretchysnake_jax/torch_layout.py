@@ -14,7 +14,8 @@ from stretchysnake_jax.config import ModelConfig
 from stretchysnake_jax.torch_file import CheckpointError
 
 # (name in torch, path in our tree, axes in torch, axes in ours), in the order of torch's file.
-# C: dim, d: inner width, n: states, w: taps, r: rank, k: tubelet, ph pw: patch, T: tokens in time.
+# C, C1: dim, d: inner width, n: states, w: taps, r: rank, k: tubelet, ph pw: patch, T: tokens in
+# time, h: hidden width.
 _TOP = (
     ("cls_token", "cls_token", "1 1 C", "C"),
     ("pos_embed", "pos_embed", "1 rows C", "rows C"),  # row 0 is the class token's
@@ -45,6 +46,23 @@ _LAYER = (
     ("mixer.out_proj.weight", "mixer.out_proj.kernel", "C d", "d C"),
     ("norm.weight", "norm.scale", "C", "C"),
 )
+# The same of attention blocks, under timm's names. No PyTorch model has them below our tokens, so
+# they serve files of our own alone.
+_VIT_LAYER = (
+    ("norm1.weight", "norm1.scale", "C", "C"),
+    ("norm1.bias", "norm1.bias", "C", "C"),
+    ("attn.qkv.weight", "attn.qkv.kernel", "3C C", "C 3C"),
+    ("attn.qkv.bias", "attn.qkv.bias", "3C", "3C"),
+    ("attn.proj.weight", "attn.proj.kernel", "C1 C", "C C1"),
+    ("attn.proj.bias", "attn.proj.bias", "C", "C"),
+    ("norm2.weight", "norm2.scale", "C", "C"),
+    ("norm2.bias", "norm2.bias", "C", "C"),
+    ("mlp.fc1.weight", "mlp.fc1.kernel", "h C", "C h"),
+    ("mlp.fc1.bias", "mlp.fc1.bias", "h", "h"),
+    ("mlp.fc2.weight", "mlp.fc2.kernel", "C h", "h C"),
+    ("mlp.fc2.bias", "mlp.fc2.bias", "C", "C"),
+)
+_LAYERS = {"mamba": _LAYER, "attention": _VIT_LAYER}
 
 
 def _top(video: bool):
@@ -56,13 +74,13 @@ def _top(video: bool):
     return [(n, p, t.replace(" k", ""), o.replace("k ", "1 ")) for n, p, t, o in rows]
 
 
-def _rows(depth: int, video: bool):
+def _rows(depth: int, video: bool, blocks: str = "mamba"):
     """(name, path, layer or None, torch's axes, our axes) of every tensor, in torch's order."""
     top = [(name, path, None, *axes) for name, path, *axes in _top(video)]
     layers = [
         (f"layers.{i}.{name}", f"layers.{path}", i, *axes)
         for i in range(depth)
-        for name, path, *axes in _LAYER
+        for name, path, *axes in _LAYERS[blocks]
     ]
     return [*top[:-1], *layers, top[-1]]
 
@@ -82,6 +100,9 @@ def _dims(config: ModelConfig) -> dict[str, int]:
         "1": 1,
         "3": 3,
         "C": config.dim,
+        "C1": config.dim,
+        "3C": 3 * config.dim,
+        "h": config.hidden,
         "d": config.inner,
         "2d": 2 * config.inner,
         "n": config.state,
@@ -127,7 +148,7 @@ def flatten(tree: dict, prefix: str = "") -> dict:
 def param_shapes(config: ModelConfig) -> dict:
     """The shapes of the parameters of `config`, as the nested dict that the parameters are."""
     dims, flat = _dims(config), {}
-    for _, path, layer, _, axes in _rows(1, config.frames is not None):
+    for _, path, layer, _, axes in _rows(1, config.frames is not None, config.blocks):
         stacked = () if layer is None else (config.depth,)
         flat[path] = stacked + _shape(axes, dims)
     del flat["pos_embed"]
@@ -248,14 +269,15 @@ def inflate_kernel(kernel: np.ndarray, tubelet: int, how: str = "center") -> np.
 
 def key_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """PyTorch's names and shapes for `config`, in PyTorch's order."""
-    rows, dims = _rows(config.depth, config.frames is not None), _dims(config)
+    rows, dims = _rows(config.depth, config.frames is not None, config.blocks), _dims(config)
     return {name: _shape(axes, dims) for name, _, _, axes, _ in rows}
 
 
 def to_params(config: ModelConfig, state: dict) -> dict:
     """PyTorch's tensors, of the shapes of `key_shapes`, as nested dicts of float32 arrays."""
     flat, layers = {}, collections.defaultdict(list)
-    for name, path, layer, source, target in _rows(config.depth, config.frames is not None):
+    rows = _rows(config.depth, config.frames is not None, config.blocks)
+    for name, path, layer, source, target in rows:
         array = _move(np.asarray(state[name], np.float32), source, target)
         if layer is None:
             flat[path] = np.array(array, order="C")  # a copy: the file's array is read-only
@@ -279,7 +301,8 @@ def to_state_dict(config: ModelConfig, params: dict) -> dict[str, np.ndarray]:
     grid = flat["pos_embed.grid"].reshape(-1, config.dim)
     flat["pos_embed"] = np.concatenate([flat["pos_embed.cls"][None], grid])
     state = {}
-    for name, path, layer, target, source in _rows(config.depth, config.frames is not None):
+    rows = _rows(config.depth, config.frames is not None, config.blocks)
+    for name, path, layer, target, source in rows:
         array = flat[path] if layer is None else flat[path][layer]
         state[name] = np.ascontiguousarray(_move(array, source, target))
     return state

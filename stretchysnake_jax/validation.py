@@ -16,6 +16,7 @@ from stretchysnake_jax.config import (
     ModelConfig,
     OptimConfig,
     StretchConfig,
+    check_blocks,
     check_choice,
     parse_rand_augment,
     require,
@@ -45,6 +46,7 @@ def validate_model(model: ModelConfig) -> None:
     if model.frames is not None:
         ok = model.frames >= model.tubelet and model.frames % model.tubelet == 0
         require(ok, "model.frames", model.frames, f"a multiple of model.tubelet, {model.tubelet}")
+    check_blocks(model)
     check_choice("model.pooling", model.pooling, ("cls", "mean"))
     check_choice("model.dt_init", model.dt_init, ("videomamba", "mamba"))
     check_choice("model.normalise", model.normalise, ("imagenet", "clip"))

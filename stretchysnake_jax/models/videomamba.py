@@ -1,8 +1,12 @@
 """The VideoMamba encoder, read top to bottom: tokens, blocks, pooling, head.
 
+With `model.blocks = "attention"` its blocks are those of a plain ViT; all else stays as it is.
+
 The encoder knows nothing about scales: grid, patch and frame count follow from the shapes of the
 parameters it is given (`interpolation.interpolate` fits them) and of the video.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +15,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 from stretchysnake_kernels.dispatch import platform
 
-from stretchysnake_jax.config import ModelConfig
+from stretchysnake_jax.config import ModelConfig, check_blocks
+from stretchysnake_jax.models.attention import AttentionBlock
 from stretchysnake_jax.models.mamba import BidirectionalMixer, linear, uniform
 from stretchysnake_jax.sharding import TOKENS
 
@@ -96,6 +101,13 @@ class Block(nnx.Module):
         """(B, L, dim) float32 -> (B, L, dim), what is added to it; `mesh` as of the mixer."""
         return self.mixer(self.norm(residual), mesh, length)
 
+    def branches(self, mesh=None, length=None) -> list:
+        """What is added to the residual stream, in turn: functions (B, L, dim) -> (B, L, dim)."""
+        return [functools.partial(self, mesh=mesh, length=length)]
+
+
+BLOCKS = {"mamba": Block, "attention": AttentionBlock}  # by `model.blocks`
+
 
 class VideoMamba(nnx.Module):
     """The encoder; `models.init` is the way to make one.
@@ -118,6 +130,7 @@ class VideoMamba(nnx.Module):
         remat="none",
         layers="auto",
     ):
+        check_blocks(config)
         self.config = config
         self.mesh, self.remat = mesh, remat
         # Unrolled layers run 20 to 60 % faster on CPU; elsewhere compile time decides. And XLA for
@@ -136,7 +149,7 @@ class VideoMamba(nnx.Module):
         @nnx.split_rngs(splits=config.depth)
         @nnx.vmap
         def stack(rngs):
-            return Block(config, dtype, rngs)
+            return BLOCKS[config.blocks](config, dtype, rngs)
 
         self.layers = stack(rngs)
         self.norm = nnx.RMSNorm(config.dim, epsilon=NORM_EPS, dtype=dtype, rngs=rngs)
@@ -186,10 +199,16 @@ class VideoMamba(nnx.Module):
             if self.mesh is not None:
                 spread = NamedSharding(self.mesh, TOKENS)
                 residual = lax.with_sharding_constraint(residual, spread)
-            hidden = nnx.merge(graph, params)(residual, self.mesh, length)
-            if dropping:
-                hidden = drop_path(hidden, rate, key)
-            return residual + hidden.astype(jnp.float32), None
+            branches = nnx.merge(graph, params).branches(self.mesh, length)
+            keys = [key] * len(branches)
+            if dropping and len(branches) > 1:
+                keys = jax.random.split(key, len(branches))
+            for branch, key in zip(branches, keys, strict=True):
+                hidden = branch(residual)
+                if dropping:
+                    hidden = drop_path(hidden, rate, key)
+                residual = residual + hidden.astype(jnp.float32)
+            return residual, None
 
         if self.mesh is not None:  # every device gets as many tokens
             spare = -length % self.mesh.shape["sequence"]
