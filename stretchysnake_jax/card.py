@@ -110,7 +110,11 @@ def data_name(data: DataConfig, split: str) -> str | None:
     """What a split's clips are, without where they lie; None: there is no such split."""
     listed = pathlib.PurePath(getattr(data, split)).name
     if data.stick_actions.path:
-        return f"Stick Actions-10, rendered, seed {data.stick_actions.seed} ({listed or split})"
+        stick = data.stick_actions
+        levels = ""
+        if stick.detail or stick.timing:
+            levels = f", detail {stick.detail}, timing {stick.timing}"
+        return f"Stick Actions-10, rendered, seed {stick.seed}{levels} ({listed or split})"
     if listed:
         return f"the list {listed}"
     return f"{data.dataset}, fold {data.fold} ({split})" if data.dataset else None

@@ -86,6 +86,9 @@ def validate(config: Config) -> None:
     ok = bool(data.train) or bool(data.dataset) or bool(data.stick_actions.path)
     takes = "the path of a list file, 'path label' per line (or name a data.dataset)"
     require(ok, "data.train", data.train, takes)
+    for name in ("detail", "timing"):
+        level = getattr(data.stick_actions, name)
+        require(level in range(4), f"data.stick_actions.{name}", level, "a level, 0 to 3")
     ok = bool(data.root) or not data.dataset
     require(ok, "data.root", data.root, f"the folder of the videos of {data.dataset}")
     require(data.fold >= 1, "data.fold", data.fold, "a number >= 1")

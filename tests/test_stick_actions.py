@@ -1,5 +1,6 @@
 """The embedded data set: reproducible, resumable, and only the motion tells the class."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from stretchysnake_jax.data import baselines, lists, stick_actions
+from stretchysnake_jax.data import baselines, lists, stick_actions, stick_motion
 
 TINY = dict(train_subjects=2, val_subjects=1, test_subjects=1, takes=1, size=32, seed=3)
 SPLITS = {"train": [0, 1], "val": [2], "test": [3]}
@@ -105,10 +106,12 @@ def test_interrupted_run_continues(tiny, tmp_path, workers):
     assert read_folder(root) == read_folder(tiny[0])
 
 
-@pytest.mark.parametrize("other", [dict(seed=4), dict(size=34), dict(takes=2)])
+@pytest.mark.parametrize(
+    "other", [dict(seed=4), dict(size=34), dict(takes=2), dict(detail=1), dict(timing=2)]
+)
 def test_other_settings_are_refused(copy, other):
     before = read_folder(copy)
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match=rf"other settings \(.*{next(iter(other))}"):
         stick_actions.make(copy, **TINY | other)
     assert read_folder(copy) == before
 
@@ -119,7 +122,10 @@ def test_foreign_folder_is_refused(tmp_path):
         stick_actions.make(tmp_path, **TINY)
 
 
-@pytest.mark.parametrize("bad", [dict(size=33), dict(size=16), dict(seed=-1), dict(takes=0)])
+@pytest.mark.parametrize(
+    "bad",
+    [dict(size=33), dict(size=16), dict(seed=-1), dict(takes=0), dict(detail=4), dict(timing=-1)],
+)
 def test_bad_arguments_leave_nothing(tmp_path, bad):
     with pytest.raises(ValueError):
         stick_actions.make(tmp_path / "set", **TINY | bad)
@@ -151,6 +157,124 @@ def test_figure_moves_and_stays_in_the_picture(label):
         assert change[:, :, :2].mean() + change[:, :, -2:].mean() < 0.05  # not over the edges
 
 
+@pytest.mark.parametrize(
+    "size, digest",
+    [
+        (32, "1b4938d3c816608267a3af1b5795ed56dd5a4ecb417fed001914d7c74843f0f6"),
+        (128, "592d269758e59d5e2522f4d64804cc1ffdcd04cea00a5982ab1783488d0cab62"),
+    ],
+)
+def test_level_0_is_what_it_was(size, digest):
+    """The demo's figures rest on these pixels."""
+    total = hashlib.sha256()
+    for label in range(10):
+        for subject, take, seed in ((0, 0, 0), (7, 1, 0), (3, 0, 5)):
+            clip = stick_actions.render_clip(label, subject, take, seed=seed, size=size)
+            total.update(clip.tobytes())
+    assert total.hexdigest() == digest
+
+
+def test_dataset_json_of_level_0_is_what_it_was(tiny):
+    facts = json.loads((tiny[0] / "dataset.json").read_text())
+    assert list(facts) == [
+        "name", "version", "seed", "size", "fps", "frames", "takes", "subjects", "clips",
+    ]  # fmt: skip
+    assert facts["version"] == 2
+
+
+LEVELS = [(1, 0), (2, 0), (3, 0), (0, 1), (0, 2), (0, 3), (2, 3)]  # (detail, timing)
+
+
+@pytest.mark.parametrize("detail, timing", LEVELS)
+def test_levels(detail, timing):
+    """Five pairs; a pair differs in its variant alone, and in nothing else that can be seen."""
+    names = stick_actions.classes(detail, timing)
+    assert len(set(names)) == 10
+    keys = dict(size=128, detail=detail, timing=timing)
+    for label in range(0, 10, 2):
+        first, second = names[label : label + 2]
+        assert first.split("_")[0] == second.split("_")[0] and first != second
+        a, b = (stick_actions.render_clip(label + k, 4, 1, **keys) for k in (0, 1))
+        assert a.shape == b.shape == (stick_actions.clip_length(4, 1), 128, 128, 3)
+        differs = abs(a.astype(int) - b).max(-1) > 12
+        assert differs.any()
+        assert (a == stick_actions.render_clip(label, 4, 1, **keys)).all()
+        if names[label] in stick_motion.DETAIL_CLASSES:
+            assert differs.mean((1, 2)).max() < 0.03  # hands or feet
+            assert abs(a.mean((0, 1, 2)) - b.mean((0, 1, 2))).max() < 0.4
+
+
+@pytest.mark.parametrize("label", range(0, 10, 2))
+def test_timing_pairs_pass_through_the_same_poses(label):
+    """Over a clip the joints of both variants have nearly the same places, each as often."""
+    rng_seed, seconds = [1, label], np.arange(2000) / 1000
+    clips = [
+        stick_motion.timed_motion(
+            stick_motion.TIMING_CLASSES[label + k], 2, seconds, dict(elbow=9.0, lean=1.0),
+            np.random.default_rng(rng_seed),
+        )
+        for k in (0, 1)
+    ]  # fmt: skip
+    differs = False
+    for name in ("hip", "spread", "knee", "swing", "lift", "rise"):
+        a, b = (np.sort(clip[name], -1) for clip in clips)
+        assert abs(a - b).mean() <= 0.06 * np.ptp(a)
+        differs |= abs(clips[0][name] - clips[1][name]).max() > max(0.5 * np.ptp(a), 0.1)
+    assert differs
+
+
+def test_variants_of_a_hand_have_the_same_area_and_centre():
+    """So a picture whose pixels are larger than the hand can't tell them."""
+    for reach in (3.3, 6.3, 8.7):
+        drawn = []
+        for spread in (True, False):
+            frame = np.zeros((64, 64, 3), np.uint8)
+            arm = [[0, 512], [256, 512], [512, 512]]
+            stick_actions._draw_hand(frame, arm, spread, (255,) * 3, reach)
+            drawn.append(frame[..., 0] / 255)
+        assert drawn[0].sum() == pytest.approx(drawn[1].sum(), rel=0.12)
+        centres = [(f.sum(0) @ np.arange(64)) / f.sum() for f in drawn]
+        assert centres[0] == pytest.approx(centres[1], abs=0.35)
+        assert abs(drawn[0] - drawn[1]).sum() > 0.4 * drawn[0].sum()
+
+
+def test_levels_are_written_and_resumed(tmp_path):
+    settings = TINY | dict(train_subjects=1, detail=3)
+    stick_actions.make(tmp_path / "one", **settings, workers=1)
+    facts = json.loads((tmp_path / "one" / "dataset.json").read_text())
+    assert (facts["detail"], facts["timing"]) == (3, 0)
+    names = (tmp_path / "one" / "classes.txt").read_text().split()
+    assert names == list(stick_motion.DETAIL_CLASSES)
+    before = read_folder(tmp_path / "one")
+    (tmp_path / "one" / "videos/val/walk_flat/s001_t0.mp4").unlink()
+    stick_actions.make(tmp_path / "one", **settings, workers=2)
+    assert read_folder(tmp_path / "one") == before
+    with pytest.raises(ValueError, match="other settings \\(detail\\)"):
+        stick_actions.make(tmp_path / "one", **settings | dict(detail=2))
+
+
+@pytest.mark.parametrize("level", [dict(detail=4), dict(timing=-1), dict(detail=1.5)])
+def test_unknown_level(level):
+    with pytest.raises(ValueError, match="it takes a level, 0 to 3"):
+        stick_actions.render_clip(0, 0, 0, **level)
+
+
+def test_detail_needs_resolution(tmp_path):
+    """Hands are told where they are resolved, and hardly where they are smaller than a pixel."""
+    settings = dict(train_subjects=16, val_subjects=4, test_subjects=8, takes=1, detail=3)
+    stick_actions.make(tmp_path / "set", **settings)
+    table = baselines.tell_variants(tmp_path / "set")
+    assert table["hands"].shape == (3, 4)
+    assert table["hands"][2].mean() > 0.85
+    assert table["hands"][2].mean() > table["hands"][0].mean() + 0.1
+
+
+def test_timing_needs_frames():
+    """A frame tells the action and not its variant; sixteen tell both, at the highest level."""
+    table = baselines.tell_timing(3, people=100)
+    assert table[1] < 0.6 and table[16] > table[4] + 0.05
+
+
 def test_import_is_light():
     """Renderers and loader workers import the module: it must not bring JAX along."""
     code = "import sys, stretchysnake_jax.data.stick_actions; sys.exit('jax' in sys.modules)"
@@ -162,9 +286,9 @@ def test_baselines(tmp_path):
     settings = dict(train_subjects=16, val_subjects=4, test_subjects=6, takes=1, size=64)
     stick_actions.make(tmp_path / "set", **settings)
     results = baselines.run(tmp_path / "set")
-    assert list(results) == ["chance", "length", "frame", "motion"]
+    assert list(results) == ["chance", "length", "colour", "frame", "motion"]
     assert results["chance"] == 0.1
-    assert results["length"] <= 0.2
+    assert results["length"] <= 0.2 and results["colour"] <= 0.35
     assert results["motion"] > 0.7
     assert results["motion"] > results["frame"] + 0.15
 

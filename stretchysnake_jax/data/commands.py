@@ -29,6 +29,8 @@ def main(argv: list[str]) -> int:
         ("test_subjects", "in the test split"),
         ("takes", "clips per person and class"),
         ("size", "pixels of a side"),
+        ("detail", "level 0 to 3 of the spatial detail that tells the classes"),
+        ("timing", "level 0 to 3 of the timing that tells them"),
         ("seed", "everything follows from it"),
     ):
         flag = "--" + name.replace("_", "-")
@@ -37,9 +39,9 @@ def main(argv: list[str]) -> int:
     make.add_argument("--workers", type=int, help="processes (default: one per core)")
     baselines = commands.add_parser(
         "baselines",
-        help="chance, length, single frame, motion",
-        description="Test accuracy without a video model: chance, clip length and size, one frame, "
-        "and a simple motion feature, each with kernel ridge regression.",
+        help="chance, length, colour, single frame, motion",
+        description="Test accuracy without a video model: chance, clip length and size, colour, "
+        "one frame, and a simple motion feature, each with kernel ridge regression.",
     )
     baselines.add_argument("path", help="a folder with train.txt, val.txt and test.txt")
     baselines.add_argument("--test-list", help="test on another list file")

@@ -8,11 +8,14 @@ what a clip looks like apart from what happens in it:
   label, so none of these can tell the class;
 * the motion stream (subject, take, label) draws speed, phase, amplitude, direction and view.
 
-Spawned renderers import this module: numpy and OpenCV only.
+Two levels make it harder, `detail` and `timing`, see docs/data.md; level 0 of both is Stick
+Actions-10 itself. Spawned renderers import this module: numpy and OpenCV only.
 """
 
 import concurrent.futures
 import contextlib
+import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -22,166 +25,27 @@ import cv2
 import numpy as np
 
 from stretchysnake_jax.config import SPLITS
+from stretchysnake_jax.data import stick_motion
+from stretchysnake_jax.data.stick_motion import CLASSES, classes
 
-CLASSES = ("bend", "jack", "jump", "pjump", "run", "side", "skip", "walk", "wave1", "wave2")
 FPS = 25
 FRAMES = (36, 64)  # shortest and longest clip
 VERSION = 2  # raise it with every change that alters a pixel
 
-# Cycles per second, and travel in body heights per second. `bend` is one event, not a cycle.
-_FREQUENCY = dict(jump=1.3, pjump=1.6, run=1.5, side=1.7, skip=1.7, walk=0.95)  # others: 1.0
-_SPEED = dict(jump=0.85, run=1.5, side=0.75, skip=1.0, walk=0.55)
-_FRONTAL = ("jack", "pjump", "side", "wave1", "wave2")
-# Arms that make the class move; any other arm may be held still in some pose.
-_MOVING_ARMS = dict(jack=(0, 1), wave1=(0,), wave2=(0, 1))
-_SUBJECT, _SCENE, _MOTION = 0, 1, 2
+_SUBJECT, _SCENE, _MOTION, _CLUTTER = 0, 1, 2, 3
+
+# By level of detail: how much smaller the figure is in the frame, how much thinner its limbs are,
+# the length of hands and feet in body heights, and how many things clutter the scene.
+_ZOOM = (1.0, 1.08, 1.12, 1.25)
+_LIMBS = (1.0, 0.85, 0.75, 0.6)
+_HANDS = (0.0, 0.1, 0.09, 0.068)
+_CLUTTERED = (0, 8, 16, 24)
 
 
 def clip_length(subject: int, take: int, *, seed: int = 0) -> int:
     """Frames of a clip: uniform on `FRAMES`, and the same for all ten classes."""
     rng = np.random.default_rng([_SCENE, seed, subject, take])
     return int(rng.integers(FRAMES[0], FRAMES[1] + 1))
-
-
-def _motion(name: str, seconds: np.ndarray, style: dict, rng: np.random.Generator) -> dict:
-    """Joint angles over time.
-
-    Args:
-      name: class name.
-      seconds: (n,) times of the frames.
-      style: the subject's personal style.
-      rng: the motion stream.
-
-    Returns:
-      Angles in degrees, each (2, n), row 0 the lead side: `hip`, `spread`, `knee`, `swing`,
-      `lift`, `elbow`, `fold`, where the first of each pair (hip, swing, elbow) turns forward
-      and the second (spread, lift, fold) turns outwards; `lean` (n,) degrees; `rise` (n,) leg
-      lengths off the ground; `yaw` degrees (0 faces the camera); `speed` of travel on screen.
-    """
-    n, amplitude = len(seconds), rng.uniform(0.8, 1.2)
-    start, rate = rng.uniform(), _FREQUENCY.get(name, 1.0) * rng.uniform(0.85, 1.15)
-    phase = 2 * np.pi * (start + seconds * rate)
-    way = rng.choice((-1.0, 1.0))  # the side travelled to, or turned to
-    yaw = rng.uniform(-30, 30) + (0 if name in _FRONTAL else way * 90)
-    side = np.array([[1.0], [-1.0]])
-    sin, cos = np.sin(phase), np.cos(phase)
-    # The cycles linger at their neutral pose, which is the same one, standing, in most classes.
-    hop, crouch = np.maximum(0, sin) ** 1.5, np.maximum(0, -sin) ** 1.5
-    stride, opening = sin * abs(sin) ** 0.5, ((1 - cos) / 2) ** 1.5
-    a = {k: np.zeros((2, n)) for k in ("hip", "spread", "knee", "swing", "lift", "elbow", "fold")}
-    a |= {"lean": np.full(n, style["lean"]), "rise": np.zeros(n)}
-    a["lift"] += 7
-    a["elbow"] += style["elbow"]
-    if name in ("walk", "run"):
-        run = name == "run"
-        a["lean"] += rng.uniform(2, 12) if run else 0
-        a["hip"] += (47 if run else 27) * amplitude * side * stride + 6 * run
-        a["knee"] -= (75 if run else 22) * amplitude * np.maximum(0, side * cos)
-        a["swing"] -= (45 if run else 24) * amplitude * side * stride
-        a["elbow"] += rng.uniform(25, 80) if run else rng.uniform(0, 60)
-        a["rise"] += (0.12 if run else 0.03) * abs(cos)
-    elif name == "skip":  # hops on one leg, the other one stays bent and lifts with the hop
-        a["lean"] += 5
-        a["hip"] += np.stack([18 * amplitude * sin + 8, 18 + 32 * hop])
-        a["knee"] -= np.stack([25 * crouch + 5, 52 + 43 * hop])
-        a["swing"] += 35 * amplitude * side * sin
-        a["elbow"] += rng.uniform(0, 60)
-        a["rise"] += 0.22 * hop
-    elif name == "jump":  # forwards, both legs together
-        a["lean"] += 22 * crouch
-        a["hip"] += 36 * crouch
-        a["knee"] -= 66 * crouch
-        a["swing"] += 40 * amplitude * cos
-        a["rise"] += 0.30 * hop
-    elif name == "pjump":  # on the spot
-        a["hip"] += 24 * crouch
-        a["knee"] -= 48 * crouch
-        a["rise"] += 0.27 * hop
-    elif name == "jack":
-        a["spread"] += 26 * amplitude * opening
-        a["lift"] += 10 + 145 * opening
-        a["elbow"] *= 0.3
-        a["rise"] += 0.12 * abs(sin)
-    elif name == "side":  # gallops sideways
-        a["spread"] += 23 * amplitude * opening
-        a["rise"] += 0.10 * abs(sin)
-    elif name in ("wave1", "wave2"):
-        arms = slice(0, 1) if name == "wave1" else slice(0, 2)
-        low, high = rng.uniform(10, 70), rng.uniform(145, 168)
-        a["lift"][arms] = low + (high - low) * (1 - cos) / 2
-        a["fold"][arms] = 15 * sin
-        a["elbow"][arms] = 0
-    else:  # bend: stands, bends down and comes up once, somewhere inside the clip
-        lasts = rng.uniform(1.15, 1.5)
-        begins = rng.uniform(-0.1, max(0.0, seconds[-1] - lasts) + 0.1)
-        bent = np.sin(np.pi * np.clip((seconds - begins) / lasts, 0, 1))
-        a["lean"] += 88 * min(1.0, amplitude) * bent
-        a["swing"] += 20 * bent
-        a["hip"] -= 8 * bent
-
-    _hold_still(name, a, rng)
-    if rng.uniform() < 0.5:  # the lead side is the right one
-        a = {k: v[::-1] if v.ndim == 2 else v for k, v in a.items()}
-    across = np.cos(np.radians(yaw)) * way if name == "side" else np.sin(np.radians(yaw))
-    speed = _SPEED.get(name, 0.0) * rng.uniform(0.85, 1.15) * across
-    return a | {"yaw": yaw, "speed": speed}
-
-
-def _hold_still(name: str, a: dict, rng: np.random.Generator):
-    """Puts limbs that the class doesn't need into poses that others move through, in place.
-
-    One frame then tells little: a raised arm may be a wave or held, a bent knee a skip or held.
-    """
-    for arm in {0, 1}.difference(_MOVING_ARMS.get(name, ())):
-        if rng.uniform() < 0.4:
-            raised, way = rng.uniform(20, 165), rng.permutation(["lift", "swing"])
-            a[way[0]][arm], a[way[1]][arm] = raised, 0
-            a["fold"][arm], a["elbow"][arm] = 0, rng.uniform(0, 60)
-    if name in ("bend", "wave1", "wave2"):
-        a["spread"] += rng.uniform(0, 24)
-        if rng.uniform() < 0.4:
-            a["hip"][0] += rng.uniform(10, 50)
-            a["knee"][0] -= rng.uniform(30, 100)
-    if name not in ("bend", "jump") and rng.uniform() < 0.4:
-        a["lean"] += rng.uniform(0, 30)
-
-
-def _direction(forward: np.ndarray, outward: np.ndarray, sign: int) -> np.ndarray:
-    """Unit vectors (n, 3) (left, up, forward) of a limb that hangs down at angles 0, 0."""
-    f, o = np.radians(forward), np.radians(outward)
-    return np.stack([sign * np.sin(o) * np.cos(f), -np.cos(o) * np.cos(f), np.sin(f)], -1)
-
-
-def _skeleton(motion: dict, body: dict) -> dict:
-    """Polylines by body part, (n, points, 2): right and up in body heights, ground at 0."""
-    n, lean = len(motion["lean"]), np.radians(motion["lean"])
-    up = np.stack([np.zeros(n), np.cos(lean), np.sin(lean)], -1)
-    neck = up * body["torso"]
-    legs, arms = [], []
-    for i, sign in enumerate((1, -1)):
-        hip = np.tile([sign * body["hips"], 0.0, 0.0], (n, 1))
-        knee = hip + _direction(motion["hip"][i], motion["spread"][i], sign) * body["leg"] / 2
-        shank = motion["hip"][i] + motion["knee"][i]
-        ankle = knee + _direction(shank, motion["spread"][i], sign) * body["leg"] / 2
-        toe = ankle + _direction(shank + 80, np.zeros(n), sign) * 0.075
-        legs.append([hip, knee, ankle, toe])
-        shoulder = neck - up * 0.03 + np.array([sign * body["shoulders"], 0.0, 0.0])
-        lift, swing = motion["lift"][i], motion["swing"][i]
-        elbow = shoulder + _direction(swing, lift, sign) * body["arm"] / 2
-        lower = _direction(swing + motion["elbow"][i], lift + motion["fold"][i], sign)
-        arms.append([shoulder, elbow, elbow + lower * body["arm"] / 2])
-    # The lowest ankle stands on the ground, unless the figure is in the air.
-    offset = np.zeros((n, 3))
-    offset[:, 1] = motion["rise"] * body["leg"] - np.minimum(legs[0][2][:, 1], legs[1][2][:, 1])
-    yaw = np.radians(motion["yaw"])
-    project = np.array([[np.cos(yaw), 0.0], [0.0, 1.0], [np.sin(yaw), 0.0]])
-
-    far, near = (0, 1) if yaw > 0 else (1, 0)
-    parts = {
-        "far arm": arms[far], "far leg": legs[far], "near leg": legs[near], "near arm": arms[near],
-        "torso": [np.zeros((n, 3)), neck], "head": [neck + up * body["head"] * 1.4],
-    }  # fmt: skip
-    return {k: np.stack([(p + offset) @ project for p in v], 1) for k, v in parts.items()}
 
 
 def _contrasted(colour: np.ndarray, background: float, least: float = 70.0) -> np.ndarray:
@@ -210,23 +74,54 @@ def _background(rng: np.random.Generator, size: int, floor: int, margin: int) ->
     return np.clip(canvas, 0, 255).astype(np.uint8)
 
 
-def render_clip(label: int, subject: int, take: int, *, seed: int = 0, size: int = 128):
-    """Draw one clip.
+def _clutter(canvas: np.ndarray, rng: np.random.Generator, count: int, unit: float):
+    """Draws sticks and blobs of the size of hands and feet, in place; `unit` pixels each."""
+    height, width = canvas.shape[:2]
+    for _ in range(int(count * width / height)):
+        x, y, angle = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(0, np.pi)
+        local = canvas[min(int(y), height - 1), min(int(x), width - 1)]
+        colour = np.clip(local + rng.uniform(-45, 45) + rng.uniform(-15, 15, 3), 0, 255).tolist()
+        reach = unit * rng.uniform(0.5, 1.5) * np.array([np.cos(angle), np.sin(angle)])
+        a, b = (((np.array([x, y]) + s * reach) * 16).round().astype(int).tolist() for s in (-1, 1))
+        if rng.uniform() < 0.5:
+            thickness = max(1, round(unit * rng.uniform(0.2, 0.5)))
+            cv2.line(canvas, a, b, colour, thickness, cv2.LINE_AA, 4)
+        else:
+            radius = round(unit * rng.uniform(0.3, 0.7) * 16)
+            cv2.circle(canvas, a, radius, colour, -1, cv2.LINE_AA, 4)
 
-    Args:
-      label: index into `CLASSES`.
-      subject: 0 or more; decides the body, the clothes and the style.
-      take: 0 or more; with the subject it decides the scene and the length.
-      seed: seed of the whole data set.
-      size: height and width in pixels; even and at least 32.
 
-    Returns:
-      (frames, size, size, 3) uint8 RGB at `FPS` frames per second.
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """A clip before it is drawn: everything in pixels of the frame, y down.
 
-    Raises:
-      ValueError: an argument is out of range.
+    Attributes:
+      size: pixels of a side.
+      canvas: the background, uint8 (h, w, 3); `centre`: where each frame lies on it, (n, 2).
+      grain: noise that is cut out at `corners`, uint8 (size + 64, size + 64, 3) and (n, 2).
+      joints: polylines by body part in sixteenths of a pixel, int (n, points, 2).
+      parts: (part, colours of its segments, their thickness), from far to near.
+      radius: of the head.
+      hands: None, or (spread fingers, colour, size in pixels).
     """
-    if not 0 <= label < len(CLASSES) or min(subject, take, seed) < 0:
+
+    size: int
+    canvas: np.ndarray
+    centre: np.ndarray
+    grain: np.ndarray
+    corners: np.ndarray
+    joints: dict
+    parts: tuple
+    radius: float
+    hands: tuple | None
+
+
+def prepare_clip(
+    label: int, subject: int, take: int, *, seed: int = 0, size: int = 128, detail=0, timing=0
+) -> Drawing:
+    """Draws all random numbers of a clip; arguments and errors as `render_clip`."""
+    names = classes(detail, timing)
+    if not 0 <= label < len(names) or min(subject, take, seed) < 0:
         raise ValueError(f"there is no clip {label=}, {subject=}, {take=}, {seed=}")
     if size < 32 or size % 2:  # the codec cuts odd sizes
         raise ValueError(f"size must be even and at least 32, got {size}")
@@ -249,22 +144,40 @@ def render_clip(label: int, subject: int, take: int, *, seed: int = 0, size: int
     scale = size / rng.uniform(1.42, 1.68)  # pixels per body height
     margin = size // 10
     floor = int(size - scale * rng.uniform(0.05, 0.15))
+    if detail:  # the smaller figure stands higher, about as far from the edges above and below
+        scale, floor = scale / _ZOOM[detail], floor - int(0.4 * scale * (1 - 1 / _ZOOM[detail]))
+        body["foot"] = _HANDS[detail]
     canvas = _background(rng, size, floor, margin)
     middle = size / 2 + scale * rng.uniform(-0.08, 0.08)
     sway = [a * np.sin(rng.uniform(0.7, 2) * seconds + rng.uniform(0, 6.3)) for a in (0.04, 0.02)]
     shake = scale * np.stack(sway, -1) + rng.normal(0, 0.003 * scale, (n, 2))
     grain = np.clip(rng.normal(128, 2.5, (size + 64, size + 64, 3)).round(), 0, 255)
     grain, corners = grain.astype(np.uint8), rng.integers(0, 64, (n, 2))
+    if detail:
+        rng = np.random.default_rng([_CLUTTER, seed, subject, take])
+        _clutter(canvas, rng, _CLUTTERED[detail], _HANDS[detail] * scale)
     brightness = float(canvas.mean())
     top, trousers, skin = (_contrasted(c, brightness) for c in (top, trousers, skin))
 
-    # 3. The motion, all frames at once: joints in pixels, y down, camera following the figure.
-    motion_rng = np.random.default_rng([_MOTION, seed, subject, take, label])
-    motion = _motion(CLASSES[label], seconds, style, motion_rng)
+    # 3. The motion, all frames at once: joints, y down, camera following the figure.
+    name, hands = names[label], None
+    if detail or timing:  # a pair shares the stream
+        rng = np.random.default_rng([_MOTION, seed, subject, take, len(CLASSES) + label // 2])
+        if name in stick_motion.TIMING_CLASSES:
+            motion = stick_motion.timed_motion(name, timing, seconds, style, rng)
+        else:
+            motion = stick_motion.motion(name.split("_")[0], seconds, style, rng)
+        if detail:
+            motion |= stick_motion.shape_hands(name, rng)
+            colour = tuple(map(int, skin))
+            hands = motion["open"], colour, _HANDS[detail] * scale
+    else:
+        rng = np.random.default_rng([_MOTION, seed, subject, take, label])
+        motion = stick_motion.motion(name, seconds, style, rng)
     travel = motion["speed"] * scale * seconds
     joints = {
         part: ((p * (1, -1) * scale + (middle, floor) - shake[:, None]) * 16).round().astype(int)
-        for part, p in _skeleton(motion, body).items()
+        for part, p in stick_motion.skeleton(motion, body).items()
     }
     centre = shake + np.array([canvas.shape[1] - travel[-1], canvas.shape[0] - 1.0]) / 2
     centre[:, 0] += travel
@@ -274,6 +187,8 @@ def render_clip(label: int, subject: int, take: int, *, seed: int = 0, size: int
     far_arm, far_leg = ([tuple(v * 4 // 5 for v in c) for c in m] for m in (near_arm, near_leg))
     shoe = tuple(v // 2 for v in legs)
     arm, leg = (0.085, 0.07), (0.115, 0.095, 0.07)  # widths from the joint outwards
+    if detail:
+        leg = (*leg[:2], 0.33 / _LIMBS[detail] * _HANDS[detail])
     parts = (  # from far to near
         ("far arm", far_arm, arm),
         ("far leg", (*far_leg, shoe), leg),
@@ -282,22 +197,96 @@ def render_clip(label: int, subject: int, take: int, *, seed: int = 0, size: int
         ("head", (skin,), ()),
         ("near arm", near_arm, arm),
     )
+    widths = stout * scale * _LIMBS[detail]
+    parts = tuple((p, c, tuple(max(1, round(w * widths)) for w in ws)) for p, c, ws in parts)
+    radius = body["head"] * scale
+    return Drawing(size, canvas, centre, grain, corners, joints, parts, radius, hands)
 
-    # 4. Draw.
-    clip = np.empty((n, size, size, 3), np.uint8)
-    for i in range(n):
-        frame = cv2.getRectSubPix(canvas, (size, size), centre[i].tolist())
-        for part, colours, widths in parts:
-            points = joints[part][i].tolist()
-            if part == "head":
-                radius = round(body["head"] * scale * 16)
-                cv2.circle(frame, points[0], radius, colours[0], -1, cv2.LINE_AA, 4)
-            for a, b, colour, width in zip(points, points[1:], colours, widths, strict=False):
-                thickness = max(1, round(width * stout * scale))
-                cv2.line(frame, a, b, colour, thickness, cv2.LINE_AA, 4)
-        y, x = corners[i]
-        cv2.addWeighted(frame, 1, grain[y : y + size, x : x + size], 1, -128, dst=clip[i])
+
+def render_clip(
+    label: int, subject: int, take: int, *, seed: int = 0, size: int = 128, detail=0, timing=0
+) -> np.ndarray:
+    """Draw one clip.
+
+    Args:
+      label: index into `classes(detail, timing)`.
+      subject: 0 or more; decides the body, the clothes and the style.
+      take: 0 or more; with the subject it decides the scene and the length.
+      seed: seed of the whole data set.
+      size: height and width in pixels; even and at least 32.
+      detail, timing: the levels, 0 to 3.
+
+    Returns:
+      (frames, size, size, 3) uint8 RGB at `FPS` frames per second.
+
+    Raises:
+      ValueError: an argument is out of range.
+    """
+    d = prepare_clip(label, subject, take, seed=seed, size=size, detail=detail, timing=timing)
+    clip = np.empty((len(d.centre), size, size, 3), np.uint8)
+    for i, frame in enumerate(clip):
+        draw_frame(d, i, frame)
     return clip
+
+
+def draw_frame(d: Drawing, i: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Draws frame `i`, uint8 (size, size, 3), into `out` if that is given."""
+    frame = cv2.getRectSubPix(d.canvas, (d.size, d.size), d.centre[i].tolist())
+    for part, colours, widths in d.parts:
+        points = d.joints[part][i].tolist()
+        if part == "head":
+            cv2.circle(frame, points[0], round(d.radius * 16), colours[0], -1, cv2.LINE_AA, 4)
+        for a, b, colour, width in zip(points, points[1:], colours, widths, strict=False):
+            cv2.line(frame, a, b, colour, width, cv2.LINE_AA, 4)
+        if d.hands and part.endswith("arm"):
+            _draw_hand(frame, points, *d.hands)
+    y, x = d.corners[i]
+    return cv2.addWeighted(frame, 1, d.grain[y : y + d.size, x : x + d.size], 1, -128, dst=out)
+
+
+def _draw_hand(frame: np.ndarray, points: list, spread: bool, colour: tuple, reach: float):
+    """Draws a hand at the end of an arm, in place: four spread fingers, or a fist.
+
+    Both cover the same area around the same centre, so that what is left of them in a picture
+    whose pixels are larger is the same.
+    """
+    elbow, wrist = np.array(points[1]), np.array(points[2])
+    angle = np.arctan2(*(wrist - elbow)[::-1])
+    if spread:
+        _draw_fingers(frame, wrist, angle, colour, reach)
+    else:
+        distance, radius = _fist(reach)
+        middle = wrist + 16 * distance * np.array([np.cos(angle), np.sin(angle)])
+        middle = middle.round().astype(int).tolist()
+        cv2.circle(frame, middle, round(16 * radius), colour, -1, cv2.LINE_AA, 4)
+
+
+def _draw_fingers(frame: np.ndarray, wrist: np.ndarray, angle: float, colour, reach: float):
+    for turn in np.radians((-66, -22, 22, 66)):
+        way = np.array([np.cos(angle + turn), np.sin(angle + turn)])
+        tip = (wrist + 16 * reach * way).round().astype(int).tolist()
+        cv2.line(frame, wrist.tolist(), tip, colour, max(1, int(0.2 * reach)), cv2.LINE_AA, 4)
+
+
+@functools.cache
+def _fist(reach: float) -> tuple[float, float]:
+    """Distance from the wrist and radius of the disc with the area and centre of the fingers."""
+    side = 4 * int(reach + 2)
+    ink = np.zeros((side, side), np.uint8)
+    _draw_fingers(ink, np.array([8 * side, 8 * side]), 0.0, 255, reach)
+    area, distance = ink.sum(), (ink.sum(0) @ np.arange(side)) / ink.sum() - side / 2
+    for radius in range(1, 8 * side):  # found by drawing: what OpenCV draws is larger than asked
+        disc = np.zeros((side, side), np.uint8)
+        cv2.circle(disc, (8 * side, 8 * side), radius, 255, -1, cv2.LINE_AA, 4)
+        if disc.sum() >= area:
+            break
+    return float(distance), radius / 16
+
+
+def read_facts(path) -> dict:
+    """The settings of a rendered folder that `prepare_clip` and `render_clip` take."""
+    facts = json.loads((Path(path) / "dataset.json").read_text(encoding="utf-8"))
+    return {k: facts.get(k, 0) for k in ("seed", "size", "detail", "timing")}
 
 
 def _write_text(path: Path, text: str):
@@ -306,9 +295,9 @@ def _write_text(path: Path, text: str):
     os.replace(temporary, path)
 
 
-def _write_clip(path: str, label: int, subject: int, take: int, seed: int, size: int):
-    """Render one clip into `path`; a clip is there as a whole or not at all."""
-    clip = render_clip(label, subject, take, seed=seed, size=size)
+def _write_clip(path: str, size: int, key: tuple, settings: dict):
+    """Render clip `key` into `path`; a clip is there as a whole or not at all."""
+    clip = render_clip(*key, size=size, **settings)
     temporary = path.removesuffix(".mp4") + ".tmp.mp4"
     codec = cv2.VideoWriter_fourcc(*"mp4v")
     writer = cv2.VideoWriter(temporary, cv2.CAP_FFMPEG, codec, FPS, (size, size))
@@ -338,7 +327,7 @@ def _render_all(jobs: list, workers: int):
 
 
 def make(path, *, train_subjects=30, val_subjects=5, test_subjects=10, takes=4, size=128, seed=0,
-         workers=None, progress=None) -> dict:  # fmt: skip
+         detail=0, timing=0, workers=None, progress=None) -> dict:  # fmt: skip
     """Write the data set into a folder; may be interrupted and called again.
 
     Writes videos/<split>/<class>/s<subject>_t<take>.mp4, train.txt, val.txt, test.txt ("path label"
@@ -351,6 +340,7 @@ def make(path, *, train_subjects=30, val_subjects=5, test_subjects=10, takes=4, 
       takes: clips of each class per subject, 1 or more.
       size: height and width in pixels; even and at least 32.
       seed: seed of the whole data set.
+      detail, timing: the levels, 0 to 3.
       workers: processes that render; None means one per core, 1 renders in this process.
         Several import the main module: guard it with `if __name__ == "__main__":`.
       progress: called as progress(done, total) after each clip, done and total in clips.
@@ -365,30 +355,39 @@ def make(path, *, train_subjects=30, val_subjects=5, test_subjects=10, takes=4, 
     ends = np.cumsum([train_subjects, val_subjects, test_subjects]).tolist()
     if min(train_subjects, val_subjects, test_subjects, takes) < 1:
         raise ValueError("every split needs at least one subject, and takes must be 1 or more")
-    render_clip(0, 0, 0, seed=seed, size=size)  # a wrong seed or size shows before any file
+    drawn = dict(seed=seed, detail=detail, timing=timing)
+    prepare_clip(0, 0, 0, size=size, **drawn)  # a wrong argument shows before any file
+    names = classes(detail, timing)
     root = Path(os.path.abspath(path))
     subjects = {s: list(range(a, b)) for s, a, b in zip(SPLITS, [0, *ends], ends, strict=False)}
     settings = {
         "name": "stick-actions-10", "version": VERSION, "seed": seed, "size": size, "fps": FPS,
         "frames": list(FRAMES), "takes": takes, "subjects": subjects,
-        "clips": {split: len(s) * takes * len(CLASSES) for split, s in subjects.items()},
+        "clips": {split: len(s) * takes * len(names) for split, s in subjects.items()},
     }  # fmt: skip
+    if detail or timing:
+        settings |= {"detail": detail, "timing": timing}
 
     # 1. Is this folder ours? The marker says so from before the first clip to after the last.
     finished, marker = root / "dataset.json", root / "dataset.partial.json"
     for note in (finished, marker):
-        if note.exists() and json.loads(note.read_text(encoding="utf-8")) != settings:
-            raise ValueError(f"{root} was made with other settings: use a new folder or delete it")
+        there = json.loads(note.read_text(encoding="utf-8")) if note.exists() else settings
+        if there != settings:
+            other = {k for k in {*there, *settings} if there.get(k, 0) != settings.get(k, 0)}
+            raise ValueError(
+                f"{root} was made with other settings ({', '.join(sorted(other))}): use a new "
+                "folder or delete it"
+            )
     strange = any(p.suffix != ".tmp" for p in root.glob("*"))
     if strange and not finished.exists() and not marker.exists():
         raise ValueError(f"{root} holds something else already: use a new folder")
-    jobs, texts = [], {"classes.txt": "".join(f"{name}\n" for name in CLASSES)}
+    jobs, texts = [], {"classes.txt": "".join(f"{name}\n" for name in names)}
     for split, members in subjects.items():
         rows = [
             (f"videos/{split}/{name}/s{subject:03d}_t{take}.mp4", label, subject, take)
-            for label, name in enumerate(CLASSES) for subject in members for take in range(takes)
+            for label, name in enumerate(names) for subject in members for take in range(takes)
         ]  # fmt: skip
-        jobs += [(str(root / p), *key, seed, size) for p, *key in rows]
+        jobs += [(str(root / p), size, key, drawn) for p, *key in rows]
         texts[f"{split}.txt"] = "".join(f"{p} {label}\n" for p, label, *_ in rows)
     missing = [job for job in jobs if not os.path.exists(job[0])]
     if not missing and all((root / f).exists() for f in ("dataset.json", *texts)):
