@@ -10,12 +10,13 @@ BENCHMARKS = {
     "scan": ("stretchysnake_bench.scan", "time and memory of the selective scan; --tune on a GPU"),
     "step": ("stretchysnake_jax.step_bench", "the training step, beside PyTorch's; scaling"),
     "compile": ("stretchysnake_jax.compile_bench", "seconds to compile all buckets, by plan"),
+    "efficiency": ("stretchysnake_jax.efficiency_bench", "what low resolution saves, measured"),
     "mesh": ("stretchysnake_jax.mesh_bench", "losses and memory over meshes and processes"),
     "kernels": ("stretchysnake_bench.kernels_table", "what the GPU kernels need, without a GPU"),
     "gpu": ("stretchysnake_bench.gpu_report", "all that needs a GPU: tests, tuning, benchmark"),
 }
 USAGE = "usage: stretchysnake bench NAME ...\n\n" + "\n".join(
-    f"  {name:<10}{text}" for name, (_, text) in BENCHMARKS.items()
+    f"  {name:<12}{text}" for name, (_, text) in BENCHMARKS.items()
 )
 USAGE += "\n\n'stretchysnake bench NAME --help' says what one takes."
 

@@ -1,9 +1,7 @@
 """The command `stretchysnake probe`: how well a frozen model's features tell classes apart."""
 
 import argparse
-import csv
 import dataclasses
-import json
 import math
 import pathlib
 
@@ -11,7 +9,7 @@ import numpy as np
 
 from stretchysnake_jax import config as config_lib
 from stretchysnake_jax import model as model_lib
-from stretchysnake_jax import outputs, plots, probe
+from stretchysnake_jax import outputs, probe, probe_report
 from stretchysnake_jax import run as run_lib
 from stretchysnake_jax.cli import parse_config
 from stretchysnake_jax.clock import Clock, Progress
@@ -20,7 +18,6 @@ from stretchysnake_jax.data.datasets import load_clips
 from stretchysnake_jax.data.lists import ClipList, read_list
 from stretchysnake_jax.embed import POOLINGS, embed, run_of
 from stretchysnake_jax.evaluate import parse_numbers, parse_sizes, parse_views
-from stretchysnake_jax.whole_file import whole_file
 
 
 def find_splits(read) -> tuple[dict[str, ClipList], str]:
@@ -89,50 +86,6 @@ def run_knn(train, val, whole, classes: int, ks, temperatures):
         return probe.vote(near, whole[1][ids], classes, k, temperature)
 
     return rows, choice, predict
-
-
-def class_table(chances: np.ndarray, labels: np.ndarray, classes: list[str]) -> list[dict]:
-    """A row per class: clips, share right first and among five, what it is most mistaken for."""
-    rank = outputs.ranks(chances, labels)
-    guesses, rows = chances.argmax(1), []
-    for c, name in enumerate(classes):
-        own = labels == c
-        row = {"class": name, "clips": int(own.sum()), "top1": None, "top5": None}
-        row |= {"mistaken_for": "", "mistakes": 0}
-        if own.any():
-            row |= {"top1": float((rank[own] <= 1).mean()), "top5": float((rank[own] <= 5).mean())}
-            wrong = np.bincount(guesses[own & (guesses != c)], minlength=len(classes))
-            if wrong.any():
-                row |= {"mistaken_for": classes[wrong.argmax()], "mistakes": int(wrong.max())}
-        rows.append(row)
-    return rows
-
-
-def write_csv(path, rows: list[dict]) -> None:
-    """Writes rows of the same keys, whole or not at all."""
-    with whole_file(path) as part, part.open("w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        for row in rows:
-            table.writerow({k: round(v, 6) if k in _SHARES and v else v for k, v in row.items()})
-
-
-_SHARES = ("top1", "top5", "mean_class", "loss")
-
-
-def show_sweep(rows: list[dict], choice: int) -> str:
-    """The sweep as text, shares in %, the chosen row marked."""
-    keys = [k for k in rows[0] if k != "converged"]
-    lines = ["  " + "".join(f"{k:>12}" for k in keys)]
-    for i, row in enumerate(rows):
-        cells = [100 * row[k] if k in _SHARES[:3] else row[k] for k in keys]
-        texts = [
-            f"{v:.1f}" if k in _SHARES[:3] else f"{v:.4f}" if k == "loss" else f"{v:.4g}"
-            for k, v in zip(keys, cells, strict=True)
-        ]
-        mark = "" if row.get("converged", True) else "  not converged"
-        lines.append(("> " if i == choice else "  ") + "".join(f"{t:>12}" for t in texts) + mark)
-    return "\n".join(lines)
 
 
 def parse_values(text: str, what: str) -> list[float]:
@@ -330,7 +283,8 @@ def main(argv: list[str]) -> int:
     rows, choice, predict = chosen
     features, labels = splits["test"]
     chances = predict(features)
-    result, table = probe.scores(chances, labels), class_table(chances, labels, names)
+    result = probe.scores(chances, labels)
+    table = probe_report.class_table(chances, labels, names)
     if not linear:
         del result["loss"]  # infinite where no neighbour is of the clip's class
     counts = outputs.confusion(dataclasses.replace(found["test"], values=chances), len(names))
@@ -349,6 +303,7 @@ def main(argv: list[str]) -> int:
         "chosen_on": chosen_on,
         "refit": args.refit,
         "chosen": rows[choice],
+        "choice": choice,
         "result": result,
         "sweep": rows,
         "classes": table,
@@ -357,25 +312,7 @@ def main(argv: list[str]) -> int:
     }
     where = pathlib.Path(args.workdir)
     where = (where if where.is_dir() else where.parent) / (args.name or f"probe_{args.probe}")
-    with whole_file(f"{where}.json") as part:
-        part.write_text(json.dumps(_finite(report), indent=1) + "\n")
-    write_csv(f"{where}.sweep.csv", rows)
-    write_csv(f"{where}.classes.csv", table)
-    plots.confusion_matrix(f"{where}.png", counts, names)
-    print(f"chosen on {chosen_on}; shares in %\n\n{show_sweep(rows, choice)}\n")
-    shares = ", ".join(
-        f"{name} {100 * result[key]:.1f} %"
-        for name, key in (("top-1", "top1"), ("top-5", "top5"), ("mean class", "mean_class"))
-    )
-    print(f"{reported}, {len(labels)} clips, {bucket}: {shares}")
+    probe_report.write(where, report)
+    print(probe_report.text(report, f"{reported}, {len(labels)} clips, {bucket}"))
     print(f"written: {where}.json, .sweep.csv, .classes.csv, .png")
     return 0
-
-
-def _finite(value):
-    """JSON has no infinity: None stands for it."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import types
 
 import pytest
@@ -69,3 +70,19 @@ def test_a_slow_cell_is_told_from_a_fast_one(monkeypatch, trained):
     # Every other run takes half as long again: a ratio is 4 * 1.5 or 4 / 1.5.
     assert row["speedup_low"] == pytest.approx(4 / 1.5)
     assert row["speedup_high"] == pytest.approx(6)
+
+
+def test_the_benchmark_of_an_untrained_model(tmp_path, capsys):
+    argv = ["bench", "efficiency", "--model", "micro", "--frames", "2,4", "--sizes", "28,56"]
+    argv += ["--rounds", "2", "--json", str(tmp_path / "out.json")]
+    assert cli.main([*argv, "--reference", "4x56"]) == 0
+    out = capsys.readouterr().out
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["vanilla"] * 4 + ["static_tokens"] * 4
+    saved = {(r["variant"], r["frames"], r["height"]): r["gflops_saved"] for r in rows}
+    assert saved["vanilla", 4, 56] == saved["static_tokens", 4, 56] == 0
+    # A quarter of the tokens, and the class token; or the same tokens of fewer pixels each.
+    assert saved["vanilla", 4, 28] > 0.7 and 0 < saved["static_tokens", 4, 28] < 0.1
+    assert out.count("(reference)") == 2
+    assert cli.main([*argv, "--variants", "static"]) == 2
+    assert "did you mean 'static_tokens'" in capsys.readouterr().err
