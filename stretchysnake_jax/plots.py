@@ -56,12 +56,12 @@ def heat_maps(
                 continue
             values[i, j] = 100 * row["top1"]
             dark = abs(values[i, j]) > 0.6 * largest if difference else values[i, j] < 60
-            text = f"{values[i, j]:+.0f}" if difference else f"{values[i, j]:.0f}"
+            text = f"{round(values[i, j]):+d}" if difference else f"{values[i, j]:.0f}"
             ink = {"ha": "center", "color": "white" if dark else "black"}
             between = "low" in row
             axis.text(j, i - 0.08 * between, text, va="bottom" if between else "center", **ink)
             if between:
-                text = f"{100 * row['low']:+.0f} … {100 * row['high']:+.0f}"
+                text = f"{round(100 * row['low']):+d} … {round(100 * row['high']):+d}"
                 axis.text(j, i + 0.12, text, va="top", fontsize=6, **ink)
             if row[frame[0]]:
                 axis.add_patch(
