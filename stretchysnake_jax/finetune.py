@@ -197,7 +197,9 @@ def main(argv: list[str]) -> int:
         "result": outputs.summary(found),
         "sweep": rows,
         "classes": probe_report.class_table(found.values, found.labels, test.classes),
-        "confusion": outputs.confusion(found, len(test.classes)).tolist(),
+        "confusion": outputs.confusion(
+            found.labels, found.values.argmax(1), len(test.classes)
+        ).tolist(),
         "unreadable": [*unreadable.items()],
     }
     where = out / "finetune"

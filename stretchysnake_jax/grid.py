@@ -259,11 +259,10 @@ def write(rows: list[dict], path, clips: ClipList) -> None:
 
 
 def confusion(row: dict, clips: ClipList) -> np.ndarray:
-    """How many clips of a class (row) a cell took for which (column), int64 (classes, classes)."""
-    counts = np.zeros((len(clips.classes),) * 2, np.int64)
+    """`outputs.confusion` of a cell's readable clips."""
     readable = row["guesses"] >= 0
-    np.add.at(counts, (clips.labels[readable], row["guesses"][readable]), 1)
-    return counts
+    guesses = row["guesses"][readable]
+    return outputs.confusion(clips.labels[readable], guesses, len(clips.classes))
 
 
 def class_table(rows: list[dict], clips: ClipList) -> list[dict]:

@@ -137,11 +137,10 @@ def ranks(chances: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return (~(chances < own[:, None])).sum(1)
 
 
-def confusion(outputs: Outputs, classes: int) -> np.ndarray:
+def confusion(labels: np.ndarray, guesses: np.ndarray, classes: int) -> np.ndarray:
     """How many clips of a class (row) were taken for which (column), int64 (classes, classes)."""
-    guesses = outputs.values.argmax(1)
     counts = np.zeros((classes, classes), np.int64)
-    np.add.at(counts, (outputs.labels, guesses), 1)
+    np.add.at(counts, (labels, guesses), 1)
     return counts
 
 

@@ -287,7 +287,7 @@ def main(argv: list[str]) -> int:
     table = probe_report.class_table(chances, labels, names)
     if not linear:
         del result["loss"]  # infinite where no neighbour is of the clip's class
-    counts = outputs.confusion(dataclasses.replace(found["test"], values=chances), len(names))
+    counts = outputs.confusion(labels, chances.argmax(1), len(names))
     # 3. What is written and said.
     report = {
         "probe": args.probe,

@@ -133,7 +133,7 @@ def test_scores_equal_scikit_learn():
     assert found["mean_class"] == pytest.approx(metrics.balanced_accuracy_score(labels, guesses))
     assert found["top5"] == pytest.approx(metrics.top_k_accuracy_score(labels, chances, k=5))
     assert found["loss"] == pytest.approx(metrics.log_loss(labels, np.exp(chances)))
-    counts = outputs.confusion(outputs.Outputs(chances, labels, labels, [], 0.0), 8)
+    counts = outputs.confusion(labels, guesses, 8)
     assert (counts == metrics.confusion_matrix(labels, guesses)).all()
     names = [f"class {i}" for i in range(9)]
     wider = np.pad(chances, ((0, 0), (0, 1)), constant_values=-np.inf)
