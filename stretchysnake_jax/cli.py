@@ -21,7 +21,12 @@ COMMANDS = {
     "compare": ("stretchysnake_jax.compare", "two evaluations: differences with intervals"),
     "predict": ("stretchysnake_jax.predict", "classify video files"),
     "ablate": ("stretchysnake_jax.ablate", "variants, methods and scales as one table"),
+    "study": ("stretchysnake_jax.study", "does stretching work? models, controls, tables, figures"),
     "probe": ("stretchysnake_jax.probe_command", "linear and k-NN classifiers on frozen features"),
+    "finetune": (
+        "stretchysnake_jax.finetune",
+        "a trained model on other data, with a sweep",
+    ),
     "features": ("stretchysnake_jax.features", "embeddings of a list as a file, token maps"),
     "retrieve": ("stretchysnake_jax.retrieve", "nearest clips: recall and mAP, contact sheet"),
     "report": ("stretchysnake_jax.report", "runs as one HTML page: curves, grids, clips, costs"),

@@ -10,7 +10,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "stretchysnake_jax"
 KERNELS = ROOT / "kernels" / "stretchysnake_kernels"
 COMMANDS = {"train", "evaluate", "predict", "inspect", "demo", "bench", "cli", "compare"}
-COMMANDS |= {"features", "retrieve", "probe_command", "ablate", "export", "report"}
+COMMANDS |= {
+    "features",
+    "retrieve",
+    "probe_command",
+    "ablate",
+    "export",
+    "report",
+    "study",
+    "finetune",
+}
 # module (or folder) -> what it may import of ours; modules that aren't listed may import anything
 # but commands.
 ALLOWED = {
@@ -48,7 +57,11 @@ SHARED = {("predict", "evaluate"), ("inspect", "evaluate"), ("train", "cli"), ("
 SHARED |= {("demo", "train"), ("demo", "evaluate"), ("data", "cli"), ("compare", "evaluate")}
 SHARED |= {(name, "evaluate") for name in ("features", "retrieve", "probe_command")}
 SHARED |= {("probe_command", "cli"), ("export", "retrieve")}
+SHARED |= {("finetune", name) for name in ("cli", "evaluate", "train", "probe_command")}
 SHARED |= {("ablate", name) for name in ("cli", "evaluate", "train")}
+SHARED |= {("efficiency_bench", "evaluate")}
+SHARED |= {("study", "ablate"), ("study", "demo")}
+SHARED |= {("study_cell", "ablate"), ("study_cell", "train")}
 
 
 def files():

@@ -1,0 +1,63 @@
+"""The study's models on Stick Actions-10, each a few fields away from configs/stick_actions.py.
+
+    stretchysnake train --config configs/study/stick.py:static_tokens,detail --workdir runs/x
+
+The argument is MODEL[,SETTING][,quick]. Steps, clips, batch and learning rate are those of
+configs/stick_actions.py for all of them; models of one shape begin with the same weights under the
+same seed. `quick` is for tests: a smaller encoder, a tenth of the clips, six steps.
+"""
+
+from stretchysnake_configs import stick_actions, stretchy_plus
+
+from stretchysnake_jax.config import METHODS, VARIANTS, Config, ConfigError, nearest
+
+# The figures differ from those of "base" in how fine the detail, or how quick the timing, is that
+# tells classes apart; levels go from 0 to 3.
+SETTINGS = {
+    "base": {},
+    "detail": {"data.stick_actions.detail": 2},
+    "timing": {"data.stick_actions.timing": 2},
+}
+MODELS = {variant: {"stretch.variant": variant} for variant in VARIANTS}
+# The transformer of equal size, see `config.attention_twin`.
+MODELS |= {f"vit_{variant}": MODELS[variant] for variant in ("vanilla", "static_tokens")}
+MODELS |= {
+    # Fixed scales with more of what a setting asks for: the same 49 tokens of 112 pixels ...
+    "vanilla_large": MODELS["vanilla"] | {"model.size": (112, 112), "model.patch": (16, 16)},
+    # ... and as many frames as the longest training clips of the flexible models.
+    "vanilla_long": MODELS["vanilla"] | {"model.frames": 8},
+    # Every clip at the largest scale, too, which teaches the other.
+    "static_tokens_distill": {"stretch.distill": 1.0},
+    # As many clips in all as with 8 in every batch (within 3 %): 11 of 2 frames, 5 of 4, 2 of 8.
+    "static_tokens_budget": {"data.tokens_per_batch": 1089},
+    "stretchy_plus": {},
+}
+MODELS |= {
+    f"static_tokens_{method}": {"stretch.kernel_method": method}
+    for method in METHODS
+    if method not in ("area", "lanczos3")  # area is what static_tokens has
+}
+
+
+def get_config(arg: str = "static_tokens") -> Config:
+    """`arg` is MODEL[,SETTING][,quick], such as "vanilla_large,detail"."""
+    name, *words = (arg or "static_tokens").split(",")
+    quick, words = "quick" in words, [word for word in words if word != "quick"]
+    setting = words[0] if words else "base"
+    for what, known in ((name, MODELS), (setting, SETTINGS), *((w, ("quick",)) for w in words[1:])):
+        if what not in known:
+            raise ConfigError(f"configs/study/stick.py has no {what!r}: {nearest(what, known)}")
+    sheet = stretchy_plus if name == "stretchy_plus" else stick_actions
+    config = sheet.get_config("debug" if quick else "")
+    config.name = f"study {name}, {setting}"
+    if name.startswith("vit_"):
+        config.model = stick_actions.get_config("attention").model
+    if quick:
+        config.model.dim, config.model.depth = 16, 1
+    for field, value in (MODELS[name] | SETTINGS[setting]).items():
+        *parts, last = field.split(".")
+        part = config
+        for step in parts:
+            part = getattr(part, step)
+        setattr(part, last, value)
+    return config

@@ -1,0 +1,342 @@
+"""What the rows of the study say: means and intervals over seeds, as Markdown and CSV.
+
+A sheet is one set of test clips: a setting of Stick Actions-10, or Weizmann zero-shot or
+fine-tuned. A line is a model under a test, its own or a control. All shares are in %.
+"""
+
+import csv
+import dataclasses
+import math
+import pathlib
+
+import numpy as np
+from scipy import stats
+
+from stretchysnake_jax.study_plan import PARTS
+from stretchysnake_jax.whole_file import whole_file
+
+# A model that was trained at one scale: with its controls, what flexible training has to beat.
+FIXED = ("vanilla", "vanilla_large", "vanilla_long")
+TESTS = {"own": "", "kernel": ", kernel PI-resized", "resized": ", video resized"}
+
+
+@dataclasses.dataclass
+class Line:
+    """A model under a test, over the places of the grid.
+
+    Attributes:
+      model, test: its name.
+      cells: by (frames, size): top1 (%, by seed), gflops, where and trained.
+      lacking: the places that it can't run.
+    """
+
+    model: str
+    test: str
+    cells: dict = dataclasses.field(default_factory=dict)
+    lacking: set = dataclasses.field(default_factory=set)
+
+    @property
+    def title(self) -> str:
+        """Its name in words."""
+        return self.model + TESTS[self.test]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those that have every cell."""
+        found = [set(cell["top1"]) for cell in self.cells.values()]
+        return sorted(set.intersection(*found)) if found else []
+
+    def mean(self, seed: int, *places: str) -> float:
+        """Mean top-1 of a seed over the cells at these places, see `study_plan.where`; or NaN."""
+        found = [c["top1"][seed] for c in self.cells.values() if c["where"] in places]
+        return float(np.mean(found)) if found else math.nan
+
+
+def interval(values) -> tuple[float, float]:
+    """Mean, and half of the 95 % interval of the mean by Student's t; NaN of fewer than two."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return (float(values.mean()) if len(values) else math.nan), math.nan
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean()), float(half)
+
+
+def sheets_of(row: dict) -> list[str]:
+    """The sheets of a row: its setting, or its part where that has clips or a question of its own.
+
+    The base's static_tokens, whose kernel is area-gained, stands among the other kernels, too.
+    """
+    part = row["part"]
+    if PARTS[part].kind in ("zero", "fine") or part == "kernels":
+        return [part]
+    both = (part, row["model"]) == ("base", "static_tokens")
+    return [row["setting"], *["kernels"] * both]
+
+
+def make_lines(rows: list[dict]) -> dict[str, list[Line]]:
+    """The lines of every sheet; folds are one list of clips."""
+    sheets, counts = {}, {}
+    kernels = any(row["part"] == "kernels" for row in rows)
+    for row in rows:
+        if PARTS[row["part"]].kind in ("methods", "retrieval"):
+            continue
+        for sheet in sheets_of(row):
+            if sheet == "kernels" and not kernels:
+                continue
+            name, at = (row["model"], row["test"]), (row["frames"], row["size"])
+            line = sheets.setdefault(sheet, {}).setdefault(name, Line(*name))
+            if row["top1"] is None:
+                line.lacking.add(at)
+                continue
+            known = {key: row[key] for key in ("gflops", "where", "trained")}
+            cell = line.cells.setdefault(at, known | {"top1": {}})
+            counted = counts.setdefault((sheet, *name, *at, row["seed"]), [0.0, 0])
+            counted[0] += row["top1"] * row["clips"]
+            counted[1] += row["clips"]
+            cell["top1"][row["seed"]] = 100 * counted[0] / counted[1]
+    return {sheet: list(lines.values()) for sheet, lines in sheets.items()}
+
+
+def summarise(line: Line) -> dict[str, tuple[float, float]]:
+    """(mean, half) over seeds of what a line is worth.
+
+    trained, between, beyond, unseen (the last two): means over these places, where flexible models
+    were trained; best and worst: cells; spread: from the best to the worst cell; fall: from the
+    best trained cell to the mean unseen one.
+    """
+    found = {}
+    for seed in line.seeds:
+        values = [cell["top1"][seed] for cell in line.cells.values()]
+        trained = [c["top1"][seed] for c in line.cells.values() if c["where"] == "trained"]
+        unseen = line.mean(seed, "between", "beyond")
+        one = {where: line.mean(seed, where) for where in ("trained", "between", "beyond")}
+        one |= {"unseen": unseen, "best": max(values), "worst": min(values)}
+        one["spread"] = one["best"] - one["worst"]
+        one["fall"] = max(trained) - unseen if trained else math.nan
+        for name, value in one.items():
+            found.setdefault(name, []).append(value)
+    return {name: interval(values) for name, values in found.items()}
+
+
+def make_budgets(lines: list[Line]) -> list[float]:
+    """GFLOPs that are compared: what static_tokens takes at its largest size with each number of
+    frames, or the first line where it is lacking."""
+    own = [line for line in lines if (line.model, line.test) == ("static_tokens", "own")]
+    cells = (own or lines)[0].cells
+    frames = sorted({t for t, _ in cells})
+    return [max(c["gflops"] for (t, _), c in cells.items() if t == n) for n in frames]
+
+
+def best_within(line: Line, budget: float) -> tuple[int, int] | None:
+    """The place of the highest mean over seeds within a budget of GFLOPs; of equals the cheapest.
+
+    It is chosen on the test clips, for every line alike.
+    """
+    seeds = line.seeds
+    can = [at for at, c in line.cells.items() if seeds and c["gflops"] <= budget * (1 + 1e-9)]
+
+    def worth(at):
+        cell = line.cells[at]
+        return np.mean([cell["top1"][seed] for seed in seeds]), -cell["gflops"]
+
+    return max(can, key=worth, default=None)
+
+
+def differences(lines: list[Line]) -> list[dict]:
+    """Mean over unseen cells, line by line, minus that of reference lines; pairs of one seed."""
+    named = {(line.model, line.test): line for line in lines}
+    references = [("vanilla", test) for test in TESTS] + [("static_tokens", "own")]
+    found = []
+    for line in lines:
+        for name in references:
+            other = named.get(name)
+            seeds = sorted(set(line.seeds) & set(other.seeds)) if other else []
+            if not seeds or other is line or line.test != "own":
+                continue
+            pairs = [
+                line.mean(s, "between", "beyond") - other.mean(s, "between", "beyond")
+                for s in seeds
+            ]
+            mean, half = interval(pairs)
+            row = {"line": line.title, "minus": other.title, "mean": mean, "half": half}
+            found.append(row | {"seeds": len(seeds)})
+    return found
+
+
+def duels(lines: list[Line]) -> list[dict]:
+    """Within every budget the best flexible model against the best of all fixed-scale ones.
+
+    Flexible ones count as they were trained, fixed-scale ones with all their controls; transformers
+    are left aside. Pairs of one seed.
+    """
+    flexible = [x for x in lines if x.model not in FIXED and x.test == "own"]
+    flexible = [x for x in flexible if not x.model.startswith("vit_")]
+    fixed, found = [x for x in lines if x.model in FIXED], []
+    for budget in make_budgets(lines):
+        best = []
+        for side in (flexible, fixed):
+            can = [(line, at) for line in side if (at := best_within(line, budget))]
+            best.append(max(can, key=lambda x: _mean_at(*x), default=None))
+        if None in best:
+            continue
+        (a, at_a), (b, at_b) = best
+        seeds = sorted(set(a.seeds) & set(b.seeds))
+        pairs = [a.cells[at_a]["top1"][s] - b.cells[at_b]["top1"][s] for s in seeds]
+        mean, half = interval(pairs)
+        row = {"budget": budget, "flexible": a.title, "at": _scale(at_a), "control": b.title}
+        found.append(row | {"control_at": _scale(at_b), "mean": mean, "half": half,
+                            "seeds": len(seeds)})  # fmt: skip
+    return found
+
+
+def _mean_at(line: Line, at) -> float:
+    return float(np.mean([line.cells[at]["top1"][seed] for seed in line.seeds]))
+
+
+def _scale(at) -> str:
+    return "x".join(map(str, at))
+
+
+def method_lines(rows: list[dict]) -> list[dict]:
+    """Mean top-1 of every (model, weight, method) over all cells and over those not trained on."""
+    groups = {}
+    for row in rows:
+        if PARTS[row["part"]].kind == "methods" and row["top1"] is not None:
+            seeds = groups.setdefault((row["model"], *row["test"].split(":")), {})
+            seeds.setdefault(row["seed"], []).append(row)
+    found = []
+    for (model, weight, method), seeds in groups.items():
+        every = [100 * np.mean([r["top1"] for r in own]) for own in seeds.values()]
+        unseen = [
+            100 * np.mean([r["top1"] for r in own if not r["trained"]]) for own in seeds.values()
+        ]
+        row = {"model": model, "weight": weight, "method": method, "seeds": len(seeds)}
+        for name, values in (("all", every), ("unseen", unseen)):
+            row[name], row[f"{name}_half"] = interval(values)
+        found.append(row)
+    return found
+
+
+def retrieval_lines(rows: list[dict]) -> list[dict]:
+    """R@1 of every (model, test, gallery, query)."""
+    groups = {}
+    for row in rows:
+        if PARTS[row["part"]].kind == "retrieval":
+            key = row["model"], row["test"], row["gallery"], _scale((row["frames"], row["size"]))
+            groups.setdefault(key, []).append(100 * row["top1"])
+    names = ("model", "test", "gallery", "query")
+    return [
+        dict(zip(names, key, strict=True))
+        | dict(zip(("mean", "half", "seeds"), (*interval(values), len(values)), strict=True))
+        for key, values in groups.items()
+    ]
+
+
+def text_of(mean: float, half: float = math.nan, sign: bool = False) -> str:
+    """ "83.1 ± 2.2"; "-" for what isn't known."""
+    if math.isnan(mean):
+        return "-"
+    text = f"{mean:+.1f}" if sign else f"{mean:.1f}"
+    return text if math.isnan(half) else f"{text} ± {half:.1f}"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    rule = ["---"] * len(head)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
+
+
+def write_csv(path: pathlib.Path, rows: list[dict]) -> pathlib.Path:
+    """Writes rows of equal keys, numbers rounded, NaN blank; whole or not at all."""
+    with whole_file(path) as part, part.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        for row in rows:
+            table.writerow({
+                k: ("" if math.isnan(v) else f"{v:.5g}") if isinstance(v, float) else v
+                for k, v in row.items()
+            })  # fmt: skip
+    return path
+
+
+def write(out: pathlib.Path, rows: list[dict]) -> list[pathlib.Path]:
+    """Writes tables.md, the CSV of each of its tables, and the figures; returns the paths."""
+    from stretchysnake_jax import study_figures
+
+    sheets, text, tables = make_lines(rows), ["# Tables of the study", ""], {}
+    text += ["Written by `stretchysnake study --report` from study.csv. Top-1 in %, mean over "
+             "seeds ± half of the 95 % interval (Student's t).", ""]  # fmt: skip
+    for sheet, lines in sheets.items():
+        text += [f"## {sheet}", "", *_sheet_text(sheet, lines, tables)]
+    if found := method_lines(rows):
+        tables["methods"] = found
+        text += ["## Methods tried on checkpoints of base, one weight at a time", ""]
+        head = ["model", "weight", "method", "all cells", "cells not trained on", "seeds"]
+        text += [markdown(head, [
+            [r["model"], r["weight"], r["method"], text_of(r["all"], r["all_half"]),
+             text_of(r["unseen"], r["unseen_half"]), str(r["seeds"])] for r in found
+        ]), ""]  # fmt: skip
+    if found := retrieval_lines(rows):
+        tables["retrieval"] = found
+        text += ["## Retrieval: R@1, test clips among training clips", ""]
+        for model, test in dict.fromkeys((r["model"], r["test"]) for r in found):
+            own = [r for r in found if (r["model"], r["test"]) == (model, test)]
+            queries = list(dict.fromkeys(r["query"] for r in own))
+            values = {(r["gallery"], r["query"]): text_of(r["mean"], r["half"]) for r in own}
+            body = [[g, *(values[g, q] for q in queries)]
+                    for g in dict.fromkeys(r["gallery"] for r in own)]  # fmt: skip
+            text += [f"{model}{TESTS[test]}", ""]
+            text += [markdown(["gallery \\ query", *queries], body), ""]
+    path = out / "tables.md"
+    with whole_file(path) as part:
+        part.write_text("\n".join(text))
+    paths = [write_csv(out / f"{name}.csv", found) for name, found in tables.items() if found]
+    return [path, *paths, *study_figures.draw(out, sheets, tables.get("retrieval", []))]
+
+
+def _sheet_text(sheet: str, lines: list[Line], tables: dict) -> list[str]:
+    """The Markdown of a sheet; adds its rows to the tables means, budgets, differences, duels."""
+    names = ("trained", "between", "beyond", "unseen", "best", "worst", "spread", "fall")
+    body, budgets = [], make_budgets(lines) if any(line.cells for line in lines) else []
+    for line in lines:
+        found, row = summarise(line), {"sheet": sheet, "model": line.model, "test": line.test}
+        row |= {"seeds": len(line.seeds), "lacking": len(line.lacking)}
+        for name in names:
+            row[name], row[f"{name}_half"] = found.get(name, (math.nan, math.nan))
+        tables.setdefault("means", []).append(row)
+        title = line.title + (f" ({len(line.lacking)} cells can't run)" if line.lacking else "")
+        body.append([title, *(text_of(row[n], row[f"{n}_half"]) for n in names), str(row["seeds"])])
+    text = [markdown(["mean over cells", *names, "seeds"], body), ""]
+    body = []
+    for line in lines:
+        shown = [line.title]
+        for budget in budgets:
+            at = best_within(line, budget)
+            mean, half = math.nan, math.nan
+            if at:
+                mean, half = interval([line.cells[at]["top1"][s] for s in line.seeds])
+            shown.append(f"{text_of(mean, half)} ({_scale(at)})" if at else "-")
+            tables.setdefault("budgets", []).append(
+                {"sheet": sheet, "model": line.model, "test": line.test, "budget": budget,
+                 "at": _scale(at) if at else "", "mean": mean, "half": half}
+            )  # fmt: skip
+        body.append(shown)
+    head = ["best within GFLOPs", *(f"{budget:.3g}" for budget in budgets)]
+    text += [markdown(head, body), ""]
+    if found := duels(lines):
+        tables["duels"] = tables.get("duels", []) + [{"sheet": sheet} | row for row in found]
+        head = ["GFLOPs", "best flexible", "at", "best fixed or control", "at", "difference"]
+        text += [markdown(head, [
+            [f"{r['budget']:.3g}", r["flexible"], r["at"], r["control"], r["control_at"],
+             text_of(r["mean"], r["half"], True)] for r in found
+        ]), ""]  # fmt: skip
+    if found := differences(lines):
+        tables["differences"] = tables.get("differences", []) + [
+            {"sheet": sheet} | row for row in found
+        ]
+        head = ["unseen cells", "minus", "difference", "seeds"]
+        text += [markdown(head, [
+            [r["line"], r["minus"], text_of(r["mean"], r["half"], True), str(r["seeds"])]
+            for r in found
+        ]), ""]  # fmt: skip
+    return text
