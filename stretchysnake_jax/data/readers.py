@@ -86,7 +86,7 @@ def _read_torchcodec(path, wanted, side):
 
 
 def _shrink(frame, side):
-    return transforms.resize(frame, side, side)
+    return transforms.resize(frame, side, side, fast=False)  # OpenCV's, as their users have it
 
 
 # name -> (module, reader). "fused": frames are shrunk while their colours are converted, by another

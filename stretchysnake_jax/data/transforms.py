@@ -118,7 +118,7 @@ class RandomResized(Geometry):
         return (height - tall) // 2, (width - wide) // 2, tall, wide
 
 
-def resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize(frame: np.ndarray, height: int, width: int, fast: bool = True) -> np.ndarray:
     """Resizes a frame.
 
     An axis that shrinks is averaged over the pixels that fall together (INTER_AREA): linear
@@ -129,6 +129,7 @@ def resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     Args:
       frame: uint8 (h, w, 3).
       height, width: pixels wanted.
+      fast: whether `area_resize` may do it; the pixels are the same.
 
     Returns:
       uint8 (height, width, 3); `frame` itself if it has that size.
@@ -137,7 +138,7 @@ def resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     if high > height or wide > width:
         size = (min(wide, width), min(high, height))
         small = np.empty((*size[::-1], 3), np.uint8)
-        if not area_resize.shrink(frame, small):
+        if not (fast and area_resize.shrink(frame, small)):
             small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
         frame = small
     if high < height or wide < width:
