@@ -202,3 +202,8 @@ def test_header_without_frames_names_the_codec(made, tmp_path):
 def test_error_survives_pickling():
     error = pickle.loads(pickle.dumps(decode.UnreadableVideo("a.mp4", "it is empty")))
     assert (error.path, error.reason, str(error)) == ("a.mp4", "it is empty", "a.mp4: it is empty")
+
+
+def test_frames_behind_the_end_are_refused(video_folder):
+    with pytest.raises(ValueError, match="asks .*a.mp4 for frame 20"):
+        decode.read_clip(str(video_folder / "a.mp4"), lambda n: np.array([0, 20]))

@@ -81,6 +81,7 @@ def read_clip(
 
     Raises:
       UnreadableVideo: no frame could be decoded.
+      ValueError: `choose` asks for a frame behind the end.
     """
     set_up_opencv()
     path = os.path.abspath(path)  # "a:b.mp4" would be taken for the address of a protocol
@@ -106,6 +107,8 @@ def read_clip(
                     true = capture.count()
                 if true == 0:
                     raise UnreadableVideo(path, _no_frames(capture.codec()))
+                if known is not None and true >= known:  # or it would be read for ever
+                    raise ValueError(f"choose({known}) asks {path} for frame {int(wanted[-1])}")
                 if counts is not None and not capture.unconverted:
                     counts.learn(path, true)
                 known = true
