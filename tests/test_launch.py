@@ -115,7 +115,12 @@ def test_local_passes_a_signal_on(tmp_path, number):
     text = "#!/usr/bin/env bash\ntrap 'echo saved; exit 143' TERM\necho ready\n"
     program = executable(tmp_path / "wait.sh", text + "while true; do sleep 0.1; done\n")
     process = subprocess.Popen(
-        [LOCAL, "2", "cpu:1"], env=clean(STRETCHYSNAKE=program), stdout=subprocess.PIPE, text=True
+        [LOCAL, "2", "cpu:1"],
+        env=clean(STRETCHYSNAKE=program),
+        stdout=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background, SIGINT is ignored, and no shell can change that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     time.sleep(0.3)  # the trap of local.sh is set by then

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from stretchysnake_jax import cli, outputs, plots, probe, probe_command
+from stretchysnake_jax import cli, outputs, plots, probe, probe_command, probe_report
 from stretchysnake_jax.config import ConfigError
 from stretchysnake_jax.data.lists import ClipList
 
@@ -137,7 +137,7 @@ def test_scores_equal_scikit_learn():
     assert (counts == metrics.confusion_matrix(labels, guesses)).all()
     names = [f"class {i}" for i in range(9)]
     wider = np.pad(chances, ((0, 0), (0, 1)), constant_values=-np.inf)
-    table = probe_command.class_table(wider, labels, names)
+    table = probe_report.class_table(wider, labels, names)
     recall = metrics.recall_score(labels, guesses, average=None)
     assert [row["top1"] for row in table[:8]] == pytest.approx(recall)
     for row, line in zip(table[:8], counts - np.diag(np.diag(counts)), strict=True):
