@@ -205,6 +205,7 @@ def test_without_tables_tokens_are_a_set():
     assert np.abs(mixed - straight).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_loop_with_remat_gives_the_same_as_unrolled_blocks():
     model = dataclasses.replace(MODEL, drop_path=0.5)
     params, _ = draw(model)
@@ -228,6 +229,7 @@ def test_drop_path_acts_on_either_branch_apart():
     assert len(kinds) == 4 and counts.min() > 5  # attention there or not, times the MLP
 
 
+@pytest.mark.slow
 def test_bfloat16_has_a_float32_softmax_and_stays_near_float32():
     _, params = models.init(dataclasses.replace(MODEL, pooling="mean"), jax.random.key(0))
     video = jax.random.normal(jax.random.key(2), (2, 2, 12, 12, 3))
@@ -393,6 +395,7 @@ def on_meshes(tmp_path_factory):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_every_mesh_gives_the_losses_of_one_device(on_meshes):
     assert set(on_meshes) == {"one", *map(str, MESHES)}
     for shape in MESHES:  # 19 tokens: no sequence axis divides them

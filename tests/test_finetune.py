@@ -30,6 +30,7 @@ def arguments(config_file, trained, lists, out, *splits):
     return ["finetune", *words, "--out", str(out), "--frames", "2", "--size", "24"]
 
 
+@pytest.mark.slow
 def test_the_sweep_chooses_on_val_and_reports_on_test(
     tiny_config_file, trained, lists, tmp_path, capsys
 ):

@@ -259,6 +259,7 @@ def test_unknown_level(level):
         stick_actions.render_clip(0, 0, 0, **level)
 
 
+@pytest.mark.slow
 def test_detail_needs_resolution(tmp_path):
     """Hands are told where they are resolved, and hardly where they are smaller than a pixel."""
     settings = dict(train_subjects=16, val_subjects=4, test_subjects=8, takes=1, detail=3)
@@ -269,6 +270,7 @@ def test_detail_needs_resolution(tmp_path):
     assert table["hands"][2].mean() > table["hands"][0].mean() + 0.1
 
 
+@pytest.mark.slow
 def test_timing_needs_frames():
     """A frame tells the action and not its variant; sixteen tell both, at the highest level."""
     table = baselines.tell_timing(3, people=100)
@@ -281,6 +283,7 @@ def test_import_is_light():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.slow
 def test_baselines(tmp_path):
     """Length says nothing, one frame says less than the motion."""
     settings = dict(train_subjects=16, val_subjects=4, test_subjects=6, takes=1, size=64)
