@@ -41,7 +41,8 @@ _SHARES = ("top1", "top5", "mean_class", "loss")
 def _show_sweep(rows: list[dict], choice: int) -> str:
     """The sweep as text, shares in %, the chosen row marked."""
     keys = [k for k in rows[0] if k != "converged"]
-    lines = ["  " + "".join(f"{k:>12}" for k in keys)]
+    width = 2 + max(10, *map(len, keys))
+    lines = ["  " + "".join(f"{k:>{width}}" for k in keys)]
     for i, row in enumerate(rows):
         texts = [
             "-"
@@ -54,7 +55,7 @@ def _show_sweep(rows: list[dict], choice: int) -> str:
             for k in keys
         ]
         mark = "" if row.get("converged", True) else "  not converged"
-        lines.append(("> " if i == choice else "  ") + "".join(f"{t:>12}" for t in texts) + mark)
+        lines.append(("> " if i == choice else "  ") + "".join(f"{t:>{width}}" for t in texts) + mark)
     return "\n".join(lines)
 
 
