@@ -55,7 +55,8 @@ def _show_sweep(rows: list[dict], choice: int) -> str:
             for k in keys
         ]
         mark = "" if row.get("converged", True) else "  not converged"
-        lines.append(("> " if i == choice else "  ") + "".join(f"{t:>{width}}" for t in texts) + mark)
+        row = "".join(f"{text:>{width}}" for text in texts)
+        lines.append(f"{'>' if i == choice else ' '} {row}{mark}")
     return "\n".join(lines)
 
 
