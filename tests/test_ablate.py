@@ -152,6 +152,7 @@ def unbroken(tiny_config_file, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_variants_are_trained_alike(unbroken):
     rows = rows_of(unbroken)
     assert [row["run"] for row in rows[::4]] == ["vanilla-0", "static_tokens-0"]

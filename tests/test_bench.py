@@ -155,6 +155,7 @@ def test_bars_are_for_the_cpu_only():
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(scan.SPECS, "XS", TINY)
     monkeypatch.setattr(scan, "memory_growth", lambda ours: {name: {} for name in ours})

@@ -35,6 +35,7 @@ def test_one_row_per_bucket_and_one_compilation_per_trunk(tiny_config, monkeypat
     assert found.total > found.temporary > found.clips
 
 
+@pytest.mark.slow
 def test_memory_grows_linearly_with_the_batch(tiny_config):
     def temporary(batch_size):
         tiny_config.data = dataclasses.replace(tiny_config.data, batch_size=batch_size)
@@ -44,6 +45,7 @@ def test_memory_grows_linearly_with_the_batch(tiny_config):
     assert 1.5 < large / small < 2.1
 
 
+@pytest.mark.slow
 def test_the_command(tiny_config_file, capsys):
     argv = ["inspect", "compile", "--config", str(tiny_config_file)]
     assert cli.main([*argv, "--implementations", "xla,reference"]) == 0

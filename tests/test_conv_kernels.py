@@ -204,6 +204,7 @@ def test_ptx_computes_the_reference(target, length, directions, dtype):
     assert_same(got, args, d_y, directions)
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize(
     "directions, registers, instructions", [("both", 96, 56), ("forward", 72, 32)]

@@ -72,6 +72,7 @@ def test_a_slow_cell_is_told_from_a_fast_one(monkeypatch, trained):
     assert row["speedup_high"] == pytest.approx(6)
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_an_untrained_model(tmp_path, capsys):
     argv = ["bench", "efficiency", "--model", "micro", "--frames", "2,4", "--sizes", "28,56"]
     argv += ["--rounds", "2", "--json", str(tmp_path / "out.json")]

@@ -52,6 +52,7 @@ def test_ptx_computes_the_reference(implementation, case, target):
     assert proof.check_case(implementation, case, target)["misses"] == []
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     "implementation, launch, target",
@@ -82,6 +83,7 @@ def test_resources_of_the_forward_kernels_on_other_gpus(implementation, target):
         assert row["registers"] <= proof.FORWARD_REGISTERS
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     "implementation, target",

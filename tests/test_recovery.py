@@ -169,6 +169,7 @@ def fill(request, tmp_path):
         yield tmp_path / "run", fill, lambda: None
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_spares_the_last_checkpoint(fill, unbroken, tiny_config_file):
     workdir, fill, make_room = fill
     process = begin(words(tiny_config_file), workdir)

@@ -138,6 +138,7 @@ def test_training_learns_a_small_batch_by_heart(tiny_config):
     assert losses[-1] < 0.1 < 1 < losses[0]
 
 
+@pytest.mark.slow
 def test_bfloat16_training_follows_float32(tiny_config):
     bucket = make_bucket("static_tokens", 2, (16, 16), tiny_config.model)
     losses = {}
@@ -152,6 +153,7 @@ def test_bfloat16_training_follows_float32(tiny_config):
     assert losses["bfloat16"] != losses["float32"]
 
 
+@pytest.mark.slow
 def test_layers_in_a_loop_and_unrolled_give_the_same(tiny_config):
     tiny_config.model.depth, tiny_config.model.drop_path = 3, 0.5
     bucket = make_bucket("static_tokens", 2, (16, 16), tiny_config.model)
@@ -182,6 +184,7 @@ def test_recomputation_saves_memory_and_changes_nothing(tiny_config):
         assert found[how][1:] == pytest.approx(found["none"][1:], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_add_up_to_it(tiny_config):
     tiny_config.model.drop_path = 0.0
     bucket = make_bucket("static_tokens", 2, (16, 16), tiny_config.model)

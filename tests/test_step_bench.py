@@ -236,6 +236,7 @@ def tiny_preset(monkeypatch):
     monkeypatch.setitem(step_bench.PRESETS, "tiny", {**TINY, "size": (8, 8), "dt_rank": 1})
 
 
+@pytest.mark.slow
 def test_the_command(tiny_preset, tmp_path, capsys):
     path = tmp_path / "step.json"
     words = ["bench", "step", "--buckets", "2x8", "--batch", "2", "--rounds", "2"]

@@ -210,6 +210,7 @@ def test_wrong_number_of_classes_is_refused(tiny_config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_training_can_start_from_other_weights(trained, tiny_config, tmp_path, capsys):
     tiny_config.train.init_from = str(trained)
     tiny_config.train.steps, tiny_config.model.size = 1, (24, 24)
@@ -231,6 +232,7 @@ def test_epochs_set_the_number_of_steps(tiny_config, tmp_path):
     assert model.load(tmp_path).step == 3
 
 
+@pytest.mark.slow
 def test_a_token_budget_sets_the_batches(tiny_config, tmp_path, capsys):
     """Batches of several sizes; a run that goes on keeps the multiple that it began with."""
     tiny_config.stretch.variant, tiny_config.stretch.sizes = "flex_all", (8, 16)
