@@ -9,16 +9,15 @@ kernel is resized at test time so that its grid stays.
 import argparse
 import dataclasses
 import multiprocessing
-import os
 import pathlib
 import re
 import signal
 import sys
 import time
-import traceback
 
+from stretchysnake_jax import worker
 from stretchysnake_jax.clock import Progress, duration
-from stretchysnake_jax.config import Config, ConfigError
+from stretchysnake_jax.config import Config
 
 FRAMES, SIZES = (3, 4, 16), (28, 35, 56, 84, 126)
 QUICK_FRAMES, QUICK_SIZES = (2, 4, 6), (42, 56)
@@ -62,44 +61,24 @@ def work(config: Config, workdir: pathlib.Path, cores: set[int], runs: list, log
       log: the file.
       trained: an event by model, set when its training has ended, well or not.
     """
-    if cores:
-        os.sched_setaffinity(0, cores)
-    from stretchysnake_kernels import configure_cpu
 
-    configure_cpu()
-    with pathlib.Path(log).open("a", buffering=1) as stream:
+    def job(progress):
         from stretchysnake_jax import evaluate, train
 
-        progress, status = Progress(every=1.0, stream=stream), 1
-        try:
-            status = train.train(config, workdir, progress)
-            trained[config.stretch.variant].set()
-            for model, run in runs if status == 0 else ():
-                if not trained[model].is_set():
-                    progress.say(f"waiting for {model}")
-                    trained[model].wait()
-                evaluate.run(progress=progress, **run)
-        except KeyboardInterrupt:
-            progress.say("interrupted")
-            status = 130
-        except Exception as error:  # into the log, which the parent quotes; nothing is lost
-            if not isinstance(error, ConfigError) and not getattr(error, "plain", False):
-                traceback.print_exc(file=stream)
-            progress.say(f"error: {error}")
-            status = 1
-        finally:
-            trained[config.stretch.variant].set()
+        status = train.train(config, workdir, progress)
+        trained[config.stretch.variant].set()
+        for model, run in runs if status == 0 else ():
+            if not trained[model].is_set():
+                progress.say(f"waiting for {model}")
+                trained[model].wait()
+            evaluate.run(progress=progress, **run)
+        return status
+
+    try:
+        status = worker.run(job, log, "a", cores)
+    finally:
+        trained[config.stretch.variant].set()
     sys.exit(status)
-
-
-def share_cores(parts: int) -> list[set[int]]:
-    """Divides the cores that this process may use; empty sets where that can't be done."""
-    if not hasattr(os, "sched_getaffinity"):
-        return [set()] * parts
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < parts:
-        return [set()] * parts
-    return [set(cores[i::parts]) for i in range(parts)]
 
 
 def state_of(log: pathlib.Path) -> tuple[str, float]:
@@ -146,7 +125,7 @@ def run_all(out: pathlib.Path, quick: bool, progress: Progress) -> int:
     trained = {name: spawn.Event() for name in MODELS}
     logs = {name: out / f"{name}.log" for name in MODELS}
     processes, start = {}, time.perf_counter()
-    for name, cores in zip(MODELS, share_cores(len(MODELS)), strict=True):
+    for name, cores in zip(MODELS, worker.share_cores(len(MODELS)), strict=True):
         config = demo_config(name, out / "data", quick)
         logs[name].unlink(missing_ok=True)
         arguments = (config, out / name, cores, runs[name], logs[name], trained)

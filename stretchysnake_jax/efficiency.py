@@ -108,8 +108,7 @@ def table(rows: list[dict]) -> str:
         "   quartiles"
     ]
     for row in rows:
-        scale = f"{row['frames']}x{row['height']}x{row['width']}/{row['patch']}"
-        text = f"{scale:>17}{row['gflops']:>10.3g}{100 * row['gflops_saved']:>6.0f} %"
+        text = f"{grid.cell_name(row):>17}{row['gflops']:>10.3g}{100 * row['gflops_saved']:>6.0f} %"
         text += f"{100 * row['published_saved']:>9.0f} %{1e3 * row['seconds']:>10.1f}"
         text += f"{row['speedup']:>9.2f}x   {row['speedup_low']:.2f} to {row['speedup_high']:.2f}"
         lines.append(text + ("   (reference)" if row["reference"] else ""))

@@ -37,6 +37,22 @@ def parse_sizes(text: str, what: str = "--sizes") -> list[tuple[int, int]]:
     return sizes
 
 
+def parse_scale(args: argparse.Namespace, why: str) -> tuple[int | None, tuple[int, int] | None]:
+    """One frame count and one (height, width) of --frames and --size; None: not given.
+
+    Raises:
+      ConfigError: several, which `why` explains, or none that can be read.
+    """
+    given = []
+    for name, parse in (("--frames", parse_numbers), ("--size", parse_sizes)):
+        text = getattr(args, name[2:])
+        values = parse(text, name) if text else [None]
+        if len(values) > 1:
+            raise ConfigError(f"{name} names {len(values)} values: {why}")
+        given.append(values[0])
+    return given[0], given[1]
+
+
 def add_views(parser: argparse.ArgumentParser) -> None:
     """Adds --clips and --crops."""
     for name, where in (("clips", "time"), ("crops", "space, along the long side")):
@@ -194,7 +210,7 @@ def report_costs(rows: list[dict]) -> str:
     """What every cell costs, as text; * = trained there."""
     lines = [f"{'scale':>17}   GFLOPs  published        XLA   memory   clips/s   top-1, %"]
     for row in rows:
-        scale = f"{row['frames']}x{row['height']}x{row['width']}/{row['patch']}"
+        scale = grid.cell_name(row)
         xla = f"{row['xla_visible_gflops']:.3g}{'+' if row['xla_hidden'] else ' '}"
         lines.append(
             f"{scale:>17}{row['gflops']:>9.3g}{row['published_gflops']:>11.3g}{xla:>11}"

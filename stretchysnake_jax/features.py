@@ -19,7 +19,7 @@ from stretchysnake_jax.config import SPLITS, ConfigError
 from stretchysnake_jax.data import pipeline, show
 from stretchysnake_jax.data.lists import ClipList
 from stretchysnake_jax.embed import POOLINGS, find_clips, make_forward, run_of
-from stretchysnake_jax.evaluate import add_views, parse_numbers, parse_sizes, parse_views
+from stretchysnake_jax.evaluate import add_views, parse_scale, parse_views
 from stretchysnake_jax.grid import clip_names
 from stretchysnake_jax.whole_file import whole_file
 
@@ -329,8 +329,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--out is {str(out)!r}: it takes a file in {' or '.join(SUFFIXES)}")
     if not out.parent.is_dir():
         raise ConfigError(f"--out is {str(out)!r} but there is no folder {out.parent}")
-    frames = one(parse_numbers(args.frames, "--frames"), "--frames") if args.frames else None
-    size = one(parse_sizes(args.size), "--size") if args.size else None
+    frames, size = parse_scale(args, "features are of one scale")
     model, progress = model_lib.load(workdir, checkpoint=args.checkpoint), Progress()
     bucket = model.stretch(frames=frames, size=size).bucket
     views = parse_views(args, run_of(model).data)
@@ -367,10 +366,3 @@ def main(argv: list[str]) -> int:
         maps = out.with_name(f"{out.stem}_maps.png")
         print(f"{maps}: token maps of {draw_maps(maps, model, clips, bucket, args.maps)} clips")
     return 0
-
-
-def one(values: list, what: str):
-    """The only value; raises ConfigError naming `what` if there are several."""
-    if len(values) > 1:
-        raise ConfigError(f"{what} names {len(values)} values: features are of one scale")
-    return values[0]

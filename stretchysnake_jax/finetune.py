@@ -20,7 +20,7 @@ from stretchysnake_jax.config import Config, ConfigError
 from stretchysnake_jax.data.datasets import load_clips
 from stretchysnake_jax.data.lists import ClipList, write_classes, write_list
 from stretchysnake_jax.evaluate import add_views, parse_views
-from stretchysnake_jax.probe_command import find_bucket, parse_values
+from stretchysnake_jax.probe_command import find_bucket, find_splits, parse_values
 from stretchysnake_jax.step import EvalStep
 from stretchysnake_jax.train import TrainingError, train
 
@@ -49,13 +49,10 @@ def settle_lists(config: Config, share: float, out: pathlib.Path, progress: Prog
     config, train_clips, val = run_lib.prepare(config, progress)
     names = train_clips.classes
     test = load_clips(config.data, "test", names, optional=True, say=progress.say)
-    if val and test:
-        return config, val, test, "test", "val"
-    reported = test or val
-    if not reported:
-        raise ConfigError(
-            "there is neither a test nor a validation list to report on: give data.test"
-        )
+    have = {"train": train_clips, "val": val, "test": test}
+    found, reported = find_splits(lambda split, _: have[split], "give data.test")
+    if "val" in found:
+        return config, val, test, reported, "val"
     held = probe.hold_out(train_clips.labels, train_clips.groups, share, config.train.seed)
     data = config.data
     lists = {
@@ -70,7 +67,7 @@ def settle_lists(config: Config, share: float, out: pathlib.Path, progress: Prog
     data = dataclasses.replace(data, **paths, allow_absolute=data.allow_absolute or not data.root)
     words = f"{held.sum()} of the {len(held)} clips of train"
     config = dataclasses.replace(config, data=data)
-    return config, lists["val"], reported, "test" if test else "val", words
+    return config, lists["val"], found["test"], reported, words
 
 
 def make_runs(base: Config, rates: list[float], decays: list[float]) -> dict[str, Config]:

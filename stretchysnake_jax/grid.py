@@ -227,6 +227,11 @@ def place(bucket: Bucket) -> dict:
     return where | {"patch": patch}
 
 
+def cell_name(row: dict) -> str:
+    """The scale of a row as `Bucket` prints it, such as "8x112x112/8"."""
+    return f"{row['frames']}x{row['height']}x{row['width']}/{row['patch']}"
+
+
 def patch_of(row: dict) -> tuple[int, int]:
     """The patch of a row, (height, width)."""
     sides = [int(side) for side in row["patch"].split("x")]
@@ -267,8 +272,7 @@ def confusion(row: dict, clips: ClipList) -> np.ndarray:
 
 def class_table(rows: list[dict], clips: ClipList) -> list[dict]:
     """A row per class: its name, its clips, and its share of right ones in every cell."""
-    cells = {f"{r['frames']}x{r['height']}x{r['width']}/{r['patch']}": confusion(r, clips)
-             for r in rows}  # fmt: skip
+    cells = {cell_name(row): confusion(row, clips) for row in rows}
     return [
         {"class": name, "clips": int((clips.labels == c).sum())}
         | {

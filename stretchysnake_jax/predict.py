@@ -12,7 +12,7 @@ from stretchysnake_jax import model as model_lib
 from stretchysnake_jax.buckets import Bucket, make_bucket
 from stretchysnake_jax.config import ConfigError, DataConfig
 from stretchysnake_jax.data import decode
-from stretchysnake_jax.evaluate import parse_budget, parse_numbers, parse_sizes
+from stretchysnake_jax.evaluate import parse_budget, parse_scale
 
 
 def best_scale(
@@ -50,12 +50,6 @@ def best_scale(
     return cell["bucket"], cell["methods"]
 
 
-def _one(values: list, what: str):
-    if len(values) > 1:
-        raise ConfigError(f"{what} names {len(values)} values: a clip is seen at one scale")
-    return values[0]
-
-
 def main(argv: list[str]) -> int:
     """The command `stretchysnake predict`."""
     parser = argparse.ArgumentParser(
@@ -85,8 +79,7 @@ def main(argv: list[str]) -> int:
     model = model_lib.load(args.workdir, checkpoint=args.checkpoint)
     data = model.run.data if model.run else DataConfig()
     names = model.classes or [str(i) for i in range(model.config.num_classes)]
-    frames = _one(parse_numbers(args.frames, "--frames"), "--frames") if args.frames else None
-    size = _one(parse_sizes(args.size, "--size"), "--size") if args.size else None
+    frames, size = parse_scale(args, "a clip is seen at one scale")
 
     chosen, methods = None, None
     if args.max_gflops is not None:

@@ -17,14 +17,15 @@ from stretchysnake_jax.config import Config, ConfigError
 from stretchysnake_jax.data.datasets import load_clips
 from stretchysnake_jax.data.lists import ClipList, read_list
 from stretchysnake_jax.embed import POOLINGS, embed, run_of
-from stretchysnake_jax.evaluate import parse_numbers, parse_sizes, parse_views
+from stretchysnake_jax.evaluate import parse_numbers, parse_scale, parse_views
 
 
-def find_splits(read) -> tuple[dict[str, ClipList], str]:
+def find_splits(read, missing: str = "give --train and --test") -> tuple[dict[str, ClipList], str]:
     """The lists of train, val and test.
 
     Args:
       read: (split, class names or None) -> `ClipList`, or None where there is none.
+      missing: what the user may do where there is no list to report on.
 
     Returns:
       (lists by "train", "test" and, unless a part of train has to do, "val", the name of the split
@@ -38,9 +39,7 @@ def find_splits(read) -> tuple[dict[str, ClipList], str]:
     found = {split: read(split, train.classes) for split in ("val", "test")}
     reported = "test" if found["test"] else "val"
     if not found[reported]:
-        raise ConfigError(
-            "there is neither a test nor a validation list to report on: give --train and --test"
-        )
+        raise ConfigError(f"there is neither a test nor a validation list to report on: {missing}")
     lists = {"train": train, "test": found[reported]}
     if reported == "test" and found["val"]:
         lists["val"] = found["val"]
@@ -101,8 +100,7 @@ def parse_values(text: str, what: str) -> list[float]:
 
 def find_bucket(args, model: model_lib.Model):
     """The scale of --frames and --size, or of the model."""
-    frames = _one(parse_numbers(args.frames, "--frames"), "--frames") if args.frames else None
-    size = _one(parse_sizes(args.size, "--size"), "--size") if args.size else None
+    frames, size = parse_scale(args, "a probe sees clips at one scale")
     return model.stretch(frames=frames, size=size).bucket
 
 
@@ -158,12 +156,6 @@ def compute_features(args, model, bucket, data, lists, progress):
         before += len(clips)
     progress.close()
     return found
-
-
-def _one(values: list, what: str):
-    if len(values) > 1:
-        raise ConfigError(f"{what} names {len(values)} values: a probe sees clips at one scale")
-    return values[0]
 
 
 def take_data_config(argv: list[str]) -> tuple[Config | None, list[str]]:

@@ -291,7 +291,7 @@ def _costs(subject: Subject, name: str, rows: list[dict]) -> list[Html]:
     lines = []
     for row in rows:
         xla = row["xla_gflops"]
-        line = [f"{row['frames']}x{row['height']}x{row['width']}/{row['patch']}"]
+        line = [grid.cell_name(row)]
         line += [f"{row['gflops']:.3g}", f"{row['published_gflops']:.3g}"]
         line += ["unknown" if xla is None else f"{xla:.3g}"]
         line += [f"{row[key]:.3g}" for key in ("memory_mib", "clips_per_s")]

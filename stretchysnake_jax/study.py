@@ -15,51 +15,37 @@ import socket
 import sys
 import threading
 import time
-import traceback
 
-from stretchysnake_jax import study_plan
+from stretchysnake_jax import study_plan, worker
 from stretchysnake_jax.ablate import parse_choices, parse_seeds
 from stretchysnake_jax.clock import Progress, duration
 from stretchysnake_jax.config import ConfigError
-from stretchysnake_jax.demo import share_cores
 from stretchysnake_jax.study_plan import PARTS, Cell, Study, Table
 from stretchysnake_jax.whole_file import whole_file
+from stretchysnake_jax.worker import share_cores
 
 
 def work(cell: Cell, study: Study, cores: set[int], log, out) -> None:
     """The process of one cell; its words go to the file `log`, its rows to the file `out`."""
-    if cores:
-        os.sched_setaffinity(0, cores)
-    from stretchysnake_kernels import configure_cpu
-
-    configure_cpu()
     threading.Thread(target=leave_with_parent, daemon=True).start()
-    status = 1
-    with pathlib.Path(log).open("w", buffering=1) as stream:
-        progress = Progress(every=1.0, stream=stream)
-        try:
-            import jax
 
-            from stretchysnake_jax import study_cell
+    def job(progress):
+        import jax
 
-            # Compiled programs are kept for the other cells. They hold this processor's
-            # instructions, so another machine that has the same folder takes one of its own.
-            if not jax.config.jax_compilation_cache_dir:
-                folder = study.runs / f"programs-{socket.gethostname()}"
-                jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
-                jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-            rows = study_cell.do_cell(cell, study, progress)
-            with whole_file(out) as part:
-                part.write_text(json.dumps(rows) + "\n")
-            status = 0
-        except KeyboardInterrupt:
-            progress.say("interrupted")
-            status = 130
-        except Exception as error:  # into the log, which the parent quotes; nothing is lost
-            if not isinstance(error, ConfigError) and not getattr(error, "plain", False):
-                traceback.print_exc(file=stream)
-            progress.say(f"error: {error}")
-    sys.exit(status)
+        from stretchysnake_jax import study_cell
+
+        # Compiled programs are kept for the other cells. They hold this processor's instructions,
+        # so another machine that has the same folder takes one of its own.
+        if not jax.config.jax_compilation_cache_dir:
+            folder = study.runs / f"programs-{socket.gethostname()}"
+            jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        rows = study_cell.do_cell(cell, study, progress)
+        with whole_file(out) as part:
+            part.write_text(json.dumps(rows) + "\n")
+        return 0
+
+    sys.exit(worker.run(job, log, "w", cores))
 
 
 def leave_with_parent() -> None:

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from stretchysnake_jax import cli, demo, grid
+from stretchysnake_jax import cli, demo, grid, worker
 
 
 def make_rows(trained, top1):
@@ -47,7 +47,7 @@ def test_the_share_of_work_is_read_from_the_log(tmp_path, lines, share):
 
 
 def test_cores_are_shared():
-    parts = demo.share_cores(2)
+    parts = worker.share_cores(2)
     assert len(parts) == 2 and not parts[0] & parts[1]
 
 

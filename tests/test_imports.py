@@ -60,7 +60,7 @@ SHARED |= {("probe_command", "cli"), ("export", "retrieve")}
 SHARED |= {("finetune", name) for name in ("cli", "evaluate", "train", "probe_command")}
 SHARED |= {("ablate", name) for name in ("cli", "evaluate", "train")}
 SHARED |= {("efficiency_bench", "evaluate")}
-SHARED |= {("study", "ablate"), ("study", "demo")}
+SHARED |= {("study", "ablate")}
 SHARED |= {("study_cell", "ablate"), ("study_cell", "train")}
 
 
