@@ -4,20 +4,21 @@ import os
 import shutil
 import tempfile
 
-# Compiled functions are shared by all tests of a session and the processes that they start. Set
-# before JAX is imported.
-_CACHE = tempfile.TemporaryDirectory(prefix="stretchysnake-tests-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+# Compiled functions are shared by all tests of a session and the processes that they start, those
+# of pytest-xdist included. Set before JAX is imported.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="stretchysnake-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 # The extra [aot] brings JAX's CUDA plugin without NVIDIA's libraries, which it would ask for.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from stretchysnake_kernels import configure_cpu  # noqa: E402
+import cv2
+import numpy as np
+import pytest
+from stretchysnake_kernels import configure_cpu
 
 # As the commands do, so that runs in this process and in processes of their own give the same bits.
 configure_cpu()

@@ -128,6 +128,14 @@ CASES = {("scan", name): case for name, case in SCAN_CASES.items()}
 CASES |= {("conv", name): case for name, case in CONV_CASES.items()}
 NAMES = [f"{op}, {name}, {direction}" for op, name in CASES for direction in ("forward", "reverse")]
 INSIDE = "gradient and remat inside shard_map"
+FEW = (  # what the quick tests look at: compiling takes half a second and more for each
+    "scan, every argument, forward",
+    "scan, batch and length sharded, reverse",
+    "scan, one token per shard, reverse",
+    "conv, every argument, reverse",
+    "conv, shards shorter than the kernel, forward",
+    INSIDE,
+)
 
 
 # The process with four devices
@@ -239,8 +247,8 @@ def relative_error(got, want):
     return float(error / (np.abs(want).max() or 1.0))
 
 
-def report_all(path):
-    """Writes, for every case, its errors by array, or its traceback."""
+def write_report(path, names):
+    """Writes, for every case of these names, its errors by array, or its traceback."""
     runs = {
         f"{op}, {name}, {direction}": (op, case, direction == "reverse")
         for (op, name), case in CASES.items()
@@ -248,9 +256,9 @@ def report_all(path):
     }
     runs[INSIDE] = ("scan", SCAN_CASES["batch and length sharded"], False, True)
     report = {}
-    for name, problem in runs.items():
+    for name in names:
         try:
-            report[name] = measure(*problem)
+            report[name] = measure(*runs[name])
         except Exception:  # the test of this case shows it; the others still run
             report[name] = traceback.format_exc()
     pathlib.Path(path).write_text(json.dumps(report))
@@ -259,18 +267,38 @@ def report_all(path):
 # The tests
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sharded") / "report.json"
+def make_report(folder, names):
+    path = folder / "report.json"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     kernels = str(pathlib.Path(stretchysnake_kernels.__file__).parents[1])
     environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": kernels}
-    subprocess.run([sys.executable, __file__, str(path)], env=os.environ | environment, check=True)
+    command = [sys.executable, __file__, str(path), *names]
+    subprocess.run(command, env=os.environ | environment, check=True)
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("name", [*NAMES, INSIDE])
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return make_report(tmp_path_factory.mktemp("sharded"), FEW)
+
+
+@pytest.fixture(scope="module")
+def whole_report(tmp_path_factory):
+    return make_report(tmp_path_factory.mktemp("sharded"), [*NAMES, INSIDE])
+
+
+@pytest.mark.parametrize("name", FEW)
 def test_equals_the_whole_length(report, name):
+    check_errors(report, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*NAMES, INSIDE])
+def test_every_case_equals_the_whole_length(whole_report, name):
+    check_errors(whole_report, name)
+
+
+def check_errors(report, name):
     op, *rest = name.split(", ")
     case = CASES.get((op, ", ".join(rest[:-1])), Case())
     errors = report[name]
@@ -319,4 +347,4 @@ def test_bad_arguments_are_refused_in_the_words_of_the_unsharded(op, change, err
 
 
 if __name__ == "__main__":
-    report_all(sys.argv[1])
+    write_report(sys.argv[1], sys.argv[2:])
