@@ -178,8 +178,8 @@ class StickActionsConfig:
     takes: int = 2  # clips per subject and class
     size: int = 128  # pixels
     seed: int = 0
-    # Levels 0 to 3 of the spatial detail and of the timing that tell the classes, see docs/data.md;
-    # the classes differ from those of level 0
+    # Levels 0 to 3, see docs/data.md: how small the figures are, and how quick what tells the
+    # classes, which are others from level 1 of timing on
     detail: int = 0
     timing: int = 0
 

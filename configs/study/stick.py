@@ -11,14 +11,18 @@ from stretchysnake_configs import stick_actions, stretchy_plus
 
 from stretchysnake_jax.config import METHODS, VARIANTS, Config, ConfigError, nearest
 
-# The figures differ from those of "base" in how fine the detail, or how quick the timing, is that
-# tells classes apart; levels go from 0 to 3.
+# What the clips of a setting are like, and the base patch that sees it: of the 16 small scenes of
+# "detail" a kernel of 8 pixels, made for 56, would see as much at 112 pixels as at 56. Levels were
+# fixed by models of one scale alone, see docs/data.md.
 SETTINGS = {
     "base": {},
-    "detail": {"data.stick_actions.detail": 2},
-    "timing": {"data.stick_actions.timing": 2},
-}
+    "detail": {
+        "data.stick_actions.detail": 3, "model.size": (112, 112), "model.patch": (16, 16),
+    },
+    "timing": {"data.stick_actions.timing": 1},
+}  # fmt: skip
 MODELS = {variant: {"stretch.variant": variant} for variant in VARIANTS}
+MODELS["vanilla"] |= {"model.size": (56, 56), "model.patch": (8, 8)}  # in every setting
 # The transformer of equal size, see `config.attention_twin`.
 MODELS |= {f"vit_{variant}": MODELS[variant] for variant in ("vanilla", "static_tokens")}
 MODELS |= {
@@ -54,7 +58,7 @@ def get_config(arg: str = "static_tokens") -> Config:
         config.model = stick_actions.get_config("attention").model
     if quick:
         config.model.dim, config.model.depth = 16, 1
-    for field, value in (MODELS[name] | SETTINGS[setting]).items():
+    for field, value in (SETTINGS[setting] | MODELS[name]).items():
         *parts, last = field.split(".")
         part = config
         for step in parts:

@@ -12,7 +12,7 @@ motion  where, how much and how often per second the picture changes around the 
     python -m stretchysnake_jax.data.baselines DIR
 
 renders the levels of Stick Actions-10 under DIR and measures what resolution and frames tell there,
-see `tell_variants` and `tell_timing`; the table is in docs/data.md.
+see `run` and `tell_timing`; the tables are in docs/data.md.
 """
 
 import concurrent.futures
@@ -24,7 +24,6 @@ import sys
 import cv2
 import numpy as np
 
-from stretchysnake_jax.config import SPLITS
 from stretchysnake_jax.data import stick_actions
 from stretchysnake_jax.data.decode import read_clip
 from stretchysnake_jax.data.lists import read_list
@@ -35,13 +34,14 @@ NOISE = 15  # grey levels of change that are put down to noise and to the camera
 WINDOW = 32  # frames of the temporal spectrum
 
 
-def run(path, test_list=None, side: int = SIDE) -> dict[str, float]:
+def run(path, test_list=None, side: int = SIDE, rows: int = 1) -> dict[str, float]:
     """Runs the baselines.
 
     Args:
       path: a folder with train.txt and val.txt and, unless `test_list` is given, test.txt.
       test_list: another list file to test on, with the classes of the folder.
       side: pixels a side that are left of the videos; they are enlarged to `SIDE` again.
+      rows: of scenes in the picture; the first scene is looked at.
 
     Returns:
       Accuracy on the test list, 0..1, by the name of the baseline.
@@ -56,8 +56,8 @@ def run(path, test_list=None, side: int = SIDE) -> dict[str, float]:
     features = []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for clips in sets:
-            rows = list(pool.map(lambda clip: _describe(clip, side), clips.paths))
-            features.append({name: np.array([row[name] for row in rows]) for name in rows[0]})
+            found = list(pool.map(lambda clip: _describe(clip, side, rows), clips.paths))
+            features.append({name: np.array([row[name] for row in found]) for name in found[0]})
     most = np.bincount(train.labels).argmax()
     results = {"chance": float(np.mean(test.labels == most))}
     for name in features[0]:
@@ -67,13 +67,14 @@ def run(path, test_list=None, side: int = SIDE) -> dict[str, float]:
     return results
 
 
-def _describe(path: str, side: int) -> dict[str, np.ndarray]:
+def _describe(path: str, side: int, rows: int) -> dict[str, np.ndarray]:
     """The features of one clip, by the name of the baseline."""
     size = []
 
     def shrink(frame):
         size[:] = frame.shape[:2]
         small = cv2.resize(frame, (side, side), interpolation=cv2.INTER_AREA)
+        small = small[: side // rows, : side // rows]
         return cv2.resize(small, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)
 
     frames, count = read_clip(path, np.arange, shrink)
@@ -165,68 +166,6 @@ def _fit(x, y, x_val, y_val, classes: int):
 SIZES, FRAMES = (28, 56, 112), (2, 4, 8, 16)  # that the levels are measured at
 
 
-def tell_variants(path) -> dict[str, np.ndarray]:
-    """How well the variants of the `detail` pairs can be told, hands and feet apart.
-
-    An observer who knows the pose: it cuts the hands (or feet) out of the shrunken video frames, at
-    their true places and turned upright, averages them over the frames and the two sides, and is
-    trained on other subjects. A model must find them first, so this bounds what it can see.
-
-    Args:
-      path: a folder of `stick_actions.make` with a `detail` level.
-
-    Returns:
-      "hands" and "feet": accuracy 0..1 of two variants, by size and frames (SIZES, FRAMES).
-    """
-    folder = pathlib.Path(path)
-    lists = [read_list(folder / f"{split}.txt") for split in SPLITS]
-    result = {}
-    for what, variants in (("hands", ("open", "fist")), ("feet", ("flat", "tiptoe"))):
-        features, labels = [], []
-        for clips in lists:
-            names = [clips.classes[label].split("_")[1] for label in clips.labels]
-            chosen = [i for i, name in enumerate(names) if name in variants]
-            features.append(np.stack([_cut_out(folder, clips.paths[i], what) for i in chosen]))
-            labels.append(np.array([variants.index(names[i]) for i in chosen]))
-        result[what] = np.zeros((len(SIZES), len(FRAMES)))
-        for j, frames in enumerate(FRAMES):
-            pick = sparse_view(max(FRAMES), frames, 0, 1)
-            for i in range(len(SIZES)):
-                x, x_val, x_test = (f[:, pick, i].mean(1) for f in features)
-                predict = _fit(x, labels[0], x_val, labels[1], 2)
-                result[what][i, j] = np.mean(predict(x_test) == labels[2])
-    return result
-
-
-def _cut_out(folder: pathlib.Path, path: str, what: str) -> np.ndarray:
-    """Hands or feet of a rendered clip, (max(FRAMES), SIZES, 256), the two sides averaged."""
-    facts = stick_actions.read_facts(folder)
-    subject, take = map(int, pathlib.Path(path).stem[1:].split("_t"))
-    names = stick_actions.classes(facts.get("detail", 0), facts.get("timing", 0))
-    label = names.index(pathlib.Path(path).parent.name)
-    clip = stick_actions.prepare_clip(label, subject, take, **facts)
-    frames, count = read_clip(path, lambda n: sparse_view(n, max(FRAMES), 0, 1))
-    rows = np.zeros((len(frames), len(SIZES), 256), np.float32)
-    joint = {"hands": ("near arm", "far arm"), "feet": ("near leg", "far leg")}[what]
-    for k, i in enumerate(sparse_view(count, max(FRAMES), 0, 1)):
-        for m, size in enumerate(SIZES):
-            small = cv2.resize(frames[k], (size, size), interpolation=cv2.INTER_AREA)
-            small, zoom = small.astype(np.float32), size / clip.size
-            for part in joint:
-                start, end = clip.joints[part][i, 1:3] / 16
-                way = end - start if what == "hands" else np.array([0.0, 1.0])
-                x, y = way / max(np.hypot(*way), 1e-6) * clip.hands[2] * zoom * 0.3  # a new pixel
-                turn = np.array([[x, -y], [y, x]])
-                place = (end + 0.5) * zoom - 0.5 - turn @ (7.5, 7.5)
-                affine = np.concatenate([turn, place[:, None]], 1)
-                flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-                patch = cv2.warpAffine(
-                    small, affine, (16, 16), flags=flags, borderMode=cv2.BORDER_REPLICATE
-                ).mean(-1)
-                rows[k, m] += ((patch - patch.mean()) / (patch.std() + 3)).ravel() / 2
-    return rows
-
-
 def tell_timing(timing: int, people: int = 400, neighbours: int = 5) -> dict[int, float]:
     """How well the classes of a `timing` level can be told from the joints of a few frames.
 
@@ -270,15 +209,11 @@ def main(argv: list[str]) -> int:
         folder = pathlib.Path(argv[0]) / f"detail{detail}_timing{timing}"
         stick_actions.make(folder, **people, detail=detail, timing=timing)
         name = f"detail {detail}, timing {timing}"
-        for side in SIZES if not detail and not timing else (SIDE,):
-            shown = [f"{k} {100 * v:.1f}" for k, v in run(folder, side=side).items()]
-            print(f"{name}, {side} px: {', '.join(shown)}", flush=True)
-        if detail:
-            for what, table in tell_variants(folder).items():
-                for size, row in zip(SIZES, table, strict=True):
-                    shown = " ".join(f"{100 * v:5.1f}" for v in row)
-                    print(f"{name}, {what} at {size} px, {FRAMES} frames: {shown}", flush=True)
-        else:
+        for side in (SIDE,) if timing else SIZES:
+            shown = run(folder, side=side, rows=detail + 1)
+            shown = ", ".join(f"{k} {100 * v:.1f}" for k, v in shown.items())
+            print(f"{name}, {side} px: {shown}", flush=True)
+        if not detail:
             shown = [f"{frames}: {100 * v:.1f}" for frames, v in tell_timing(timing).items()]
             print(f"{name}, joints by frames: {', '.join(shown)}", flush=True)
     return 0

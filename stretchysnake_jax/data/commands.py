@@ -29,8 +29,8 @@ def main(argv: list[str]) -> int:
         ("test_subjects", "in the test split"),
         ("takes", "clips per person and class"),
         ("size", "pixels of a side"),
-        ("detail", "level 0 to 3 of the spatial detail that tells the classes"),
-        ("timing", "level 0 to 3 of the timing that tells them"),
+        ("detail", "level 0 to 3: 1, 4, 9 or 16 small scenes in a picture"),
+        ("timing", "level 0 to 3: classes that differ in timing, ever quicker"),
         ("seed", "everything follows from it"),
     ):
         flag = "--" + name.replace("_", "-")

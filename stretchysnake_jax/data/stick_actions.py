@@ -15,7 +15,6 @@ Actions-10 itself. Spawned renderers import this module: numpy and OpenCV only.
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import json
 import multiprocessing
 import os
@@ -26,20 +25,13 @@ import numpy as np
 
 from stretchysnake_jax.config import SPLITS
 from stretchysnake_jax.data import stick_motion
-from stretchysnake_jax.data.stick_motion import CLASSES, classes
+from stretchysnake_jax.data.stick_motion import CLASSES, LEVELS, classes
 
 FPS = 25
 FRAMES = (36, 64)  # shortest and longest clip
-VERSION = 2  # raise it with every change that alters a pixel
+VERSION, LEVELS_VERSION = 2, 3  # of level 0 and the others; raised when a pixel changes
 
-_SUBJECT, _SCENE, _MOTION, _CLUTTER = 0, 1, 2, 3
-
-# By level of detail: how much smaller the figure is in the frame, how much thinner its limbs are,
-# the length of hands and feet in body heights, and how many things clutter the scene.
-_ZOOM = (1.0, 1.08, 1.12, 1.25)
-_LIMBS = (1.0, 0.85, 0.75, 0.6)
-_HANDS = (0.0, 0.1, 0.09, 0.068)
-_CLUTTERED = (0, 8, 16, 24)
+_SUBJECT, _SCENE, _MOTION = 0, 1, 2
 
 
 def clip_length(subject: int, take: int, *, seed: int = 0) -> int:
@@ -74,23 +66,6 @@ def _background(rng: np.random.Generator, size: int, floor: int, margin: int) ->
     return np.clip(canvas, 0, 255).astype(np.uint8)
 
 
-def _clutter(canvas: np.ndarray, rng: np.random.Generator, count: int, unit: float):
-    """Draws sticks and blobs of the size of hands and feet, in place; `unit` pixels each."""
-    height, width = canvas.shape[:2]
-    for _ in range(int(count * width / height)):
-        x, y, angle = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(0, np.pi)
-        local = canvas[min(int(y), height - 1), min(int(x), width - 1)]
-        colour = np.clip(local + rng.uniform(-45, 45) + rng.uniform(-15, 15, 3), 0, 255).tolist()
-        reach = unit * rng.uniform(0.5, 1.5) * np.array([np.cos(angle), np.sin(angle)])
-        a, b = (((np.array([x, y]) + s * reach) * 16).round().astype(int).tolist() for s in (-1, 1))
-        if rng.uniform() < 0.5:
-            thickness = max(1, round(unit * rng.uniform(0.2, 0.5)))
-            cv2.line(canvas, a, b, colour, thickness, cv2.LINE_AA, 4)
-        else:
-            radius = round(unit * rng.uniform(0.3, 0.7) * 16)
-            cv2.circle(canvas, a, radius, colour, -1, cv2.LINE_AA, 4)
-
-
 @dataclasses.dataclass(frozen=True)
 class Drawing:
     """A clip before it is drawn: everything in pixels of the frame, y down.
@@ -102,7 +77,6 @@ class Drawing:
       joints: polylines by body part in sixteenths of a pixel, int (n, points, 2).
       parts: (part, colours of its segments, their thickness), from far to near.
       radius: of the head.
-      hands: None, or (spread fingers, colour, size in pixels).
     """
 
     size: int
@@ -113,19 +87,20 @@ class Drawing:
     joints: dict
     parts: tuple
     radius: float
-    hands: tuple | None
 
 
 def prepare_clip(
-    label: int, subject: int, take: int, *, seed: int = 0, size: int = 128, detail=0, timing=0
+    label: int, subject: int, take: int, tile: int = 0, *, seed: int = 0, size: int = 128, timing=0
 ) -> Drawing:
-    """Draws all random numbers of a clip; arguments and errors as `render_clip`."""
-    names = classes(detail, timing)
-    if not 0 <= label < len(names) or min(subject, take, seed) < 0:
-        raise ValueError(f"there is no clip {label=}, {subject=}, {take=}, {seed=}")
-    if size < 32 or size % 2:  # the codec cuts odd sizes
-        raise ValueError(f"size must be even and at least 32, got {size}")
+    """Draws all random numbers of a scene.
 
+    Args:
+      tile: the number of the scene in its picture, see `render_clip`.
+      size: height and width of the scene in pixels.
+
+    Others as in `render_clip`.
+    """
+    name, tiles = classes(timing)[label], [tile] * (tile > 0)
     # 1. The subject.
     rng = np.random.default_rng([_SUBJECT, seed, subject])
     reach = dict(leg=(0.46, 0.54), arm=(0.38, 0.46), torso=(0.28, 0.34), head=(0.075, 0.095))
@@ -138,41 +113,30 @@ def prepare_clip(
     short_sleeves = rng.uniform() < 0.5
 
     # 2. The scene. The length comes first: `clip_length` repeats this draw.
-    rng = np.random.default_rng([_SCENE, seed, subject, take])
+    rng = np.random.default_rng([_SCENE, seed, subject, take, *tiles])
     n = int(rng.integers(FRAMES[0], FRAMES[1] + 1))
+    n = clip_length(subject, take, seed=seed) if tile else n
     seconds = np.arange(n) / FPS
     scale = size / rng.uniform(1.42, 1.68)  # pixels per body height
     margin = size // 10
     floor = int(size - scale * rng.uniform(0.05, 0.15))
-    if detail:  # the smaller figure stands higher, about as far from the edges above and below
-        scale, floor = scale / _ZOOM[detail], floor - int(0.4 * scale * (1 - 1 / _ZOOM[detail]))
-        body["foot"] = _HANDS[detail]
     canvas = _background(rng, size, floor, margin)
     middle = size / 2 + scale * rng.uniform(-0.08, 0.08)
     sway = [a * np.sin(rng.uniform(0.7, 2) * seconds + rng.uniform(0, 6.3)) for a in (0.04, 0.02)]
     shake = scale * np.stack(sway, -1) + rng.normal(0, 0.003 * scale, (n, 2))
     grain = np.clip(rng.normal(128, 2.5, (size + 64, size + 64, 3)).round(), 0, 255)
     grain, corners = grain.astype(np.uint8), rng.integers(0, 64, (n, 2))
-    if detail:
-        rng = np.random.default_rng([_CLUTTER, seed, subject, take])
-        _clutter(canvas, rng, _CLUTTERED[detail], _HANDS[detail] * scale)
     brightness = float(canvas.mean())
     top, trousers, skin = (_contrasted(c, brightness) for c in (top, trousers, skin))
 
     # 3. The motion, all frames at once: joints, y down, camera following the figure.
-    name, hands = names[label], None
-    if detail or timing:  # a pair shares the stream
-        rng = np.random.default_rng([_MOTION, seed, subject, take, len(CLASSES) + label // 2])
-        if name in stick_motion.TIMING_CLASSES:
-            motion = stick_motion.timed_motion(name, timing, seconds, style, rng)
-        else:
-            motion = stick_motion.motion(name.split("_")[0], seconds, style, rng)
-        if detail:
-            motion |= stick_motion.shape_hands(name, rng)
-            colour = tuple(map(int, skin))
-            hands = motion["open"], colour, _HANDS[detail] * scale
+    if timing:  # a pair shares the stream
+        rng = np.random.default_rng(
+            [_MOTION, seed, subject, take, len(CLASSES) + label // 2, *tiles]
+        )
+        motion = stick_motion.timed_motion(name, timing, seconds, style, rng)
     else:
-        rng = np.random.default_rng([_MOTION, seed, subject, take, label])
+        rng = np.random.default_rng([_MOTION, seed, subject, take, label, *tiles])
         motion = stick_motion.motion(name, seconds, style, rng)
     travel = motion["speed"] * scale * seconds
     joints = {
@@ -187,8 +151,6 @@ def prepare_clip(
     far_arm, far_leg = ([tuple(v * 4 // 5 for v in c) for c in m] for m in (near_arm, near_leg))
     shoe = tuple(v // 2 for v in legs)
     arm, leg = (0.085, 0.07), (0.115, 0.095, 0.07)  # widths from the joint outwards
-    if detail:
-        leg = (*leg[:2], 0.33 / _LIMBS[detail] * _HANDS[detail])
     parts = (  # from far to near
         ("far arm", far_arm, arm),
         ("far leg", (*far_leg, shoe), leg),
@@ -197,10 +159,10 @@ def prepare_clip(
         ("head", (skin,), ()),
         ("near arm", near_arm, arm),
     )
-    widths = stout * scale * _LIMBS[detail]
+    widths = stout * scale
     parts = tuple((p, c, tuple(max(1, round(w * widths)) for w in ws)) for p, c, ws in parts)
     radius = body["head"] * scale
-    return Drawing(size, canvas, centre, grain, corners, joints, parts, radius, hands)
+    return Drawing(size, canvas, centre, grain, corners, joints, parts, radius)
 
 
 def render_clip(
@@ -208,12 +170,16 @@ def render_clip(
 ) -> np.ndarray:
     """Draw one clip.
 
+    At a level of detail above 0 the picture is cut into (detail + 1) times as many rows and columns
+    of scenes. In each of them the subject does the class's action once more: other scenery, other
+    framing, another phase, the same length.
+
     Args:
-      label: index into `classes(detail, timing)`.
+      label: index into `classes(timing)`.
       subject: 0 or more; decides the body, the clothes and the style.
       take: 0 or more; with the subject it decides the scene and the length.
       seed: seed of the whole data set.
-      size: height and width in pixels; even and at least 32.
+      size: height and width in pixels; even and at least 32 for each row of scenes.
       detail, timing: the levels, 0 to 3.
 
     Returns:
@@ -222,15 +188,34 @@ def render_clip(
     Raises:
       ValueError: an argument is out of range.
     """
-    d = prepare_clip(label, subject, take, seed=seed, size=size, detail=detail, timing=timing)
-    clip = np.empty((len(d.centre), size, size, 3), np.uint8)
-    for i, frame in enumerate(clip):
-        draw_frame(d, i, frame)
+    _check(label, subject, take, seed=seed, size=size, detail=detail, timing=timing)
+    rows = detail + 1
+    edges = [size * i // rows for i in range(rows + 1)]
+    side = -(-size // rows)  # of the largest scene; what others can't hold is cut off
+    clip = np.empty((clip_length(subject, take, seed=seed), size, size, 3), np.uint8)
+    for tile in range(rows**2):
+        y, x = divmod(tile, rows)
+        part = clip[:, edges[y] : edges[y + 1], edges[x] : edges[x + 1]]
+        d = prepare_clip(label, subject, take, tile, seed=seed, size=side, timing=timing)
+        for i in range(len(clip)):
+            part[i] = draw_frame(d, i)[: part.shape[1], : part.shape[2]]
     return clip
 
 
-def draw_frame(d: Drawing, i: int, out: np.ndarray | None = None) -> np.ndarray:
-    """Draws frame `i`, uint8 (size, size, 3), into `out` if that is given."""
+def _check(label, subject, take, *, seed, size, detail, timing):
+    for name, level in (("detail", detail), ("timing", timing)):
+        if level not in range(LEVELS):
+            raise ValueError(f"{name} is {level!r}: it takes a level, 0 to {LEVELS - 1}")
+    if not 0 <= label < len(classes(timing)) or min(subject, take, seed) < 0:
+        raise ValueError(f"there is no clip {label=}, {subject=}, {take=}, {seed=}")
+    least = 32 * (detail + 1)
+    if size < least or size % 2:  # the codec cuts odd sizes
+        at = f" at detail {detail}" if detail else ""
+        raise ValueError(f"size must be even and at least {least}{at}, got {size}")
+
+
+def draw_frame(d: Drawing, i: int) -> np.ndarray:
+    """Draws frame `i`, uint8 (size, size, 3)."""
     frame = cv2.getRectSubPix(d.canvas, (d.size, d.size), d.centre[i].tolist())
     for part, colours, widths in d.parts:
         points = d.joints[part][i].tolist()
@@ -238,55 +223,8 @@ def draw_frame(d: Drawing, i: int, out: np.ndarray | None = None) -> np.ndarray:
             cv2.circle(frame, points[0], round(d.radius * 16), colours[0], -1, cv2.LINE_AA, 4)
         for a, b, colour, width in zip(points, points[1:], colours, widths, strict=False):
             cv2.line(frame, a, b, colour, width, cv2.LINE_AA, 4)
-        if d.hands and part.endswith("arm"):
-            _draw_hand(frame, points, *d.hands)
     y, x = d.corners[i]
-    return cv2.addWeighted(frame, 1, d.grain[y : y + d.size, x : x + d.size], 1, -128, dst=out)
-
-
-def _draw_hand(frame: np.ndarray, points: list, spread: bool, colour: tuple, reach: float):
-    """Draws a hand at the end of an arm, in place: four spread fingers, or a fist.
-
-    Both cover the same area around the same centre, so that what is left of them in a picture
-    whose pixels are larger is the same.
-    """
-    elbow, wrist = np.array(points[1]), np.array(points[2])
-    angle = np.arctan2(*(wrist - elbow)[::-1])
-    if spread:
-        _draw_fingers(frame, wrist, angle, colour, reach)
-    else:
-        distance, radius = _fist(reach)
-        middle = wrist + 16 * distance * np.array([np.cos(angle), np.sin(angle)])
-        middle = middle.round().astype(int).tolist()
-        cv2.circle(frame, middle, round(16 * radius), colour, -1, cv2.LINE_AA, 4)
-
-
-def _draw_fingers(frame: np.ndarray, wrist: np.ndarray, angle: float, colour, reach: float):
-    for turn in np.radians((-66, -22, 22, 66)):
-        way = np.array([np.cos(angle + turn), np.sin(angle + turn)])
-        tip = (wrist + 16 * reach * way).round().astype(int).tolist()
-        cv2.line(frame, wrist.tolist(), tip, colour, max(1, int(0.2 * reach)), cv2.LINE_AA, 4)
-
-
-@functools.cache
-def _fist(reach: float) -> tuple[float, float]:
-    """Distance from the wrist and radius of the disc with the area and centre of the fingers."""
-    side = 4 * int(reach + 2)
-    ink = np.zeros((side, side), np.uint8)
-    _draw_fingers(ink, np.array([8 * side, 8 * side]), 0.0, 255, reach)
-    area, distance = ink.sum(), (ink.sum(0) @ np.arange(side)) / ink.sum() - side / 2
-    for radius in range(1, 8 * side):  # found by drawing: what OpenCV draws is larger than asked
-        disc = np.zeros((side, side), np.uint8)
-        cv2.circle(disc, (8 * side, 8 * side), radius, 255, -1, cv2.LINE_AA, 4)
-        if disc.sum() >= area:
-            break
-    return float(distance), radius / 16
-
-
-def read_facts(path) -> dict:
-    """The settings of a rendered folder that `prepare_clip` and `render_clip` take."""
-    facts = json.loads((Path(path) / "dataset.json").read_text(encoding="utf-8"))
-    return {k: facts.get(k, 0) for k in ("seed", "size", "detail", "timing")}
+    return cv2.addWeighted(frame, 1, d.grain[y : y + d.size, x : x + d.size], 1, -128)
 
 
 def _write_text(path: Path, text: str):
@@ -338,7 +276,7 @@ def make(path, *, train_subjects=30, val_subjects=5, test_subjects=10, takes=4, 
       path: the folder; made if missing.
       train_subjects, val_subjects, test_subjects: subjects per split, 1 or more.
       takes: clips of each class per subject, 1 or more.
-      size: height and width in pixels; even and at least 32.
+      size: height and width in pixels; even and at least 32 for each row of scenes.
       seed: seed of the whole data set.
       detail, timing: the levels, 0 to 3.
       workers: processes that render; None means one per core, 1 renders in this process.
@@ -356,12 +294,13 @@ def make(path, *, train_subjects=30, val_subjects=5, test_subjects=10, takes=4, 
     if min(train_subjects, val_subjects, test_subjects, takes) < 1:
         raise ValueError("every split needs at least one subject, and takes must be 1 or more")
     drawn = dict(seed=seed, detail=detail, timing=timing)
-    prepare_clip(0, 0, 0, size=size, **drawn)  # a wrong argument shows before any file
-    names = classes(detail, timing)
+    _check(0, 0, 0, size=size, **drawn)
+    names = classes(timing)
     root = Path(os.path.abspath(path))
     subjects = {s: list(range(a, b)) for s, a, b in zip(SPLITS, [0, *ends], ends, strict=False)}
+    version = LEVELS_VERSION if detail or timing else VERSION
     settings = {
-        "name": "stick-actions-10", "version": VERSION, "seed": seed, "size": size, "fps": FPS,
+        "name": "stick-actions-10", "version": version, "seed": seed, "size": size, "fps": FPS,
         "frames": list(FRAMES), "takes": takes, "subjects": subjects,
         "clips": {split: len(s) * takes * len(names) for split, s in subjects.items()},
     }  # fmt: skip

@@ -7,12 +7,8 @@ import numpy as np
 
 CLASSES = ("bend", "jack", "jump", "pjump", "run", "side", "skip", "walk", "wave1", "wave2")
 LEVELS = 4  # of detail and of timing, 0 to 3
-# Above level 0 the classes are pairs <action>_<variant>. The clips of a pair share every random
-# number and differ in the variant alone.
-DETAIL_CLASSES = (
-    "wave1_open", "wave1_fist", "walk_flat", "walk_tiptoe", "jack_open", "jack_fist",
-    "side_flat", "side_tiptoe", "wave2_open", "wave2_fist",
-)  # fmt: skip
+# Above level 0 of timing the classes are pairs <action>_<variant>. The clips of a pair share every
+# random number and differ in the variant alone.
 TIMING_CLASSES = (
     "jack_once", "jack_twice", "circle_out", "circle_in", "wave1_slow", "wave1_fast",
     "pjump_even", "pjump_pairs", "drill_squat", "drill_spread",
@@ -28,18 +24,9 @@ _FRONTAL = ("jack", "pjump", "side", "wave1", "wave2")
 _MOVING_ARMS = dict(jack=(0, 1), wave1=(0,), wave2=(0, 1), circle=(0, 1), drill=(0, 1))
 
 
-def classes(detail: int = 0, timing: int = 0) -> tuple[str, ...]:
-    """The ten class names of a level, in the order of their labels.
-
-    Raises:
-      ValueError: a level is out of range.
-    """
-    for name, level in (("detail", detail), ("timing", timing)):
-        if level not in range(LEVELS):
-            raise ValueError(f"{name} is {level!r}: it takes a level, 0 to {LEVELS - 1}")
-    if detail and timing:
-        return DETAIL_CLASSES[:6] + TIMING_CLASSES[:4]
-    return DETAIL_CLASSES if detail else TIMING_CLASSES if timing else CLASSES
+def classes(timing: int = 0) -> tuple[str, ...]:
+    """The ten class names of a level of timing, in the order of their labels."""
+    return TIMING_CLASSES if timing else CLASSES
 
 
 def motion(name: str, seconds: np.ndarray, style: dict, rng: np.random.Generator) -> dict:
@@ -181,24 +168,6 @@ def timed_motion(
     return a | {"yaw": rng.uniform(-30, 30), "speed": 0.0}
 
 
-def shape_hands(name: str, rng: np.random.Generator) -> dict:
-    """The hands and feet of a class of `DETAIL_CLASSES`, or of any other class at those levels.
-
-    What the class doesn't fix is drawn, so that a hand tells nothing about the feet or the action.
-
-    Returns:
-      `open`: fingers spread, or fists; `tiptoe`: feet pointing down, or flat; `outward`: the feet
-      are turned to the sides, as they are seen from the front.
-    """
-    action, variant = name.split("_")
-    hands = {"open": rng.uniform() < 0.5, "tiptoe": rng.uniform() < 0.5}
-    if variant in ("open", "fist"):
-        hands["open"] = variant == "open"
-    elif variant in ("flat", "tiptoe"):
-        hands["tiptoe"] = variant == "tiptoe"
-    return hands | {"outward": action != "walk"}
-
-
 def _at_rest(n: int, style: dict) -> dict:
     """The angles of a standing figure over n frames, as `motion` returns them."""
     a = {k: np.zeros((2, n)) for k in ("hip", "spread", "knee", "swing", "lift", "elbow", "fold")}
@@ -236,8 +205,7 @@ def _direction(forward: np.ndarray, outward: np.ndarray, sign: int) -> np.ndarra
 def skeleton(motion: dict, body: dict) -> dict:
     """Polylines by body part, (n, points, 2): right and up in body heights, ground at 0.
 
-    The last point of a leg is its toes. `motion` may hold what `shape_hands` returns, `body` then
-    the length `foot` of the feet in body heights.
+    The last point of a leg is its toes.
     """
     n, lean = len(motion["lean"]), np.radians(motion["lean"])
     up = np.stack([np.zeros(n), np.cos(lean), np.sin(lean)], -1)
@@ -248,12 +216,7 @@ def skeleton(motion: dict, body: dict) -> dict:
         knee = hip + _direction(motion["hip"][i], motion["spread"][i], sign) * body["leg"] / 2
         shank = motion["hip"][i] + motion["knee"][i]
         ankle = knee + _direction(shank, motion["spread"][i], sign) * body["leg"] / 2
-        if "tiptoe" not in motion:
-            toe = ankle + _direction(shank + 80, np.zeros(n), sign) * 0.075
-        else:
-            down = 15 if motion["tiptoe"] else 85
-            turn = (shank, motion["spread"][i] + down) if motion["outward"] else (shank + down, 0)
-            toe = ankle + _direction(*turn, sign) * body["foot"]
+        toe = ankle + _direction(shank + 80, np.zeros(n), sign) * 0.075
         legs.append([hip, knee, ankle, toe])
         shoulder = neck - up * 0.03 + np.array([sign * body["shoulders"], 0.0, 0.0])
         lift, swing = motion["lift"][i], motion["swing"][i]
@@ -263,7 +226,6 @@ def skeleton(motion: dict, body: dict) -> dict:
     # The lowest ankle stands on the ground, unless the figure is in the air.
     offset = np.zeros((n, 3))
     offset[:, 1] = motion["rise"] * body["leg"] - np.minimum(legs[0][2][:, 1], legs[1][2][:, 1])
-    offset[:, 1] += body.get("foot", 0)  # on tiptoe or not, the ankles are as high
     yaw = np.radians(motion["yaw"])
     project = np.array([[np.cos(yaw), 0.0], [0.0, 1.0], [np.sin(yaw), 0.0]])
 
