@@ -52,13 +52,22 @@ _PAIR = ("vanilla", "static_tokens")
 PARTS = {
     "base": Part({"base": _BASE}, 10, "grid", "large, smooth figures: all variants, ViT"),
     "detail": Part(
-        {"detail": ("vanilla", "vanilla_large", "static_tokens", "flex_all", "stretchy_plus")},
+        {
+            "detail": (
+                "vanilla",
+                "vanilla_large",
+                "spatial",
+                "flex_all",
+                "static_tokens",
+                "stretchy_plus",
+            )
+        },
         10,
         "grid",
-        "classes told by fine detail",
+        "sixteen small scenes in a picture",
     ),
     "timing": Part(
-        {"timing": ("vanilla", "vanilla_long", "static_tokens", "temporal", "stretchy_plus")},
+        {"timing": ("vanilla", "vanilla_long", "temporal", "static_tokens", "stretchy_plus")},
         10,
         "grid",
         "classes told by timing",

@@ -11,18 +11,14 @@ from stretchysnake_configs import stick_actions, stretchy_plus
 
 from stretchysnake_jax.config import METHODS, VARIANTS, Config, ConfigError, nearest
 
-# What the clips of a setting are like, and the base patch that sees it: of the 16 small scenes of
-# "detail" a kernel of 8 pixels, made for 56, would see as much at 112 pixels as at 56. Levels were
-# fixed by models of one scale alone, see docs/data.md.
+# What the clips of a setting are like. The levels were fixed before methods were compared on them,
+# by models of one scale alone, see docs/data.md.
 SETTINGS = {
     "base": {},
-    "detail": {
-        "data.stick_actions.detail": 3, "model.size": (112, 112), "model.patch": (16, 16),
-    },
+    "detail": {"data.stick_actions.detail": 3},
     "timing": {"data.stick_actions.timing": 1},
-}  # fmt: skip
+}
 MODELS = {variant: {"stretch.variant": variant} for variant in VARIANTS}
-MODELS["vanilla"] |= {"model.size": (56, 56), "model.patch": (8, 8)}  # in every setting
 # The transformer of equal size, see `config.attention_twin`.
 MODELS |= {f"vit_{variant}": MODELS[variant] for variant in ("vanilla", "static_tokens")}
 MODELS |= {
