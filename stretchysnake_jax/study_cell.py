@@ -150,23 +150,29 @@ class Counter:
 
 
 def grid_rows(cell: Cell, study: Study, loaded: model.Model, data, clips, progress) -> list[dict]:
-    """Rows of every place and test of the grid; of what can't be run there is a reason."""
-    tests, rows = Tests(loaded.run), []
-    counter = Counter(progress, len(study.grid) * len(clips))
+    """Rows of every place and test of the grid; of what can't be run there is a reason.
+
+    What takes more than `MANY` tokens is run on every fourth clip, but for the folds' few.
+    """
+    tests, rows, plan = Tests(loaded.run), [], []
+    some = clips if cell.kind == "fine" else clips.select(range(0, len(clips), 4))
     for frames, size in study.grid:
-        can, left = [], {}
+        left, few, many = {}, [], []
         for name in tests.names:
             try:
-                tests.bucket(name, frames, size)
-                can.append(name)
+                tokens = tests.bucket(name, frames, size).tokens()
+                (many if tokens > study_plan.MANY else few).append(name)
             except ConfigError as error:
                 left[name] = str(error)
+        passes = [(names, on) for names, on in ((few, clips), (many, some)) if names]
+        plan.append((frames, size, passes, left))
+    counter = Counter(progress, sum(len(on) for *_, passes, _ in plan for _, on in passes))
+    for frames, size, passes, left in plan:
         found = {}
-        if can:
-            found = tests.compute(
-                can, loaded.params, data, clips, frames, size, counter, outputs.merge_scores
-            )
-        counter.next(clips)
+        for names, on in passes:
+            given = loaded.params, data, on, frames, size, counter, outputs.merge_scores
+            found |= tests.compute(names, *given)
+            counter.next(on)
         for name in tests.names:
             row = place(cell, name, frames, size, loaded.run)
             if name in left:

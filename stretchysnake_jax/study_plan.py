@@ -21,6 +21,7 @@ METHOD_FRAMES, METHOD_SIZES = (3, 4, 8), (28, 56, 84)
 METHODS = ("paper", "pi", "area", "bilinear", "nearest", "none")
 RETRIEVAL = ((2, 28), (4, 56), (6, 84), (8, 112))  # (frames, size) of gallery and of queries
 FOLDS = 9  # subjects of Weizmann
+MANY = 1500  # tokens of a clip, above which every fourth test clip has to do
 NEED_WEIZMANN = ("zero", "fine")  # kinds of parts
 TEST_BATCH = 10
 TRAINED = "study.json"  # in a workdir whose training is done
@@ -37,17 +38,25 @@ class Part:
         others evaluate the same checkpoint: "methods" of interpolation, "retrieval", "zero" shots
         of Weizmann; "fine" fine-tunes it on Weizmann, one subject left out.
       about: in words.
+      seeds: how many of the study's seeds it is run with, at most.
     """
 
     models: dict[str, tuple[str, ...]]
     minutes: float
     kind: str
     about: str
+    seeds: int = 1000
 
 
 _VARIANTS = ("vanilla", "temporal", "spatial", "flexivit", "flex_all", "static_tokens")
 _BASE = (*_VARIANTS, "vit_vanilla", "vit_static_tokens")
 _KERNELS = tuple(f"static_tokens_{m}" for m in METHODS if m != "area")
+_TABLES = tuple(
+    f"{model}_{weight}_{m}"
+    for model, weight in (("spatial", "grid"), ("static_tokens", "time"))
+    for m in METHODS
+    if m != "paper"
+)
 _PAIR = ("vanilla", "static_tokens")
 PARTS = {
     "base": Part({"base": _BASE}, 10, "grid", "large, smooth figures: all variants, ViT"),
@@ -74,15 +83,22 @@ PARTS = {
     ),
     "recipes": Part(
         {
-            "base": ("static_tokens_distill", "static_tokens_budget", "stretchy_plus"),
-            "detail": ("static_tokens_distill", "static_tokens_budget"),
-            "timing": ("static_tokens_distill", "static_tokens_budget"),
+            "base": ("static_tokens_budget", "stretchy_plus"),
+            "detail": ("static_tokens_budget",),
+            "timing": ("static_tokens_budget",),
         },
         10,
         "grid",
         "beyond the paper, beside static_tokens",
     ),
     "kernels": Part({"base": _KERNELS}, 8, "grid", "kernel methods in training; area is base's"),
+    "tables": Part(
+        {"base": _TABLES},
+        10,
+        "grid",
+        "methods for the position tables in training; paper is base's",
+        seeds=1,
+    ),
     "methods": Part({"base": _PAIR}, 6, "methods", "methods tried on checkpoints of base"),
     "weizmann_zero": Part({"base": _BASE}, 4, "zero", "checkpoints of base on Weizmann"),
     "weizmann": Part(
@@ -128,7 +144,7 @@ def make_cells(parts, seeds) -> list[Cell]:
     return [
         Cell(part, setting, model, seed, fold)
         for part in parts
-        for seed in seeds
+        for seed in list(seeds)[: PARTS[part].seeds]
         for setting, models in PARTS[part].models.items()
         for model in models
         for fold in (range(1, FOLDS + 1) if PARTS[part].kind == "fine" else (0,))

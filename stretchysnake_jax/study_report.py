@@ -17,6 +17,8 @@ from stretchysnake_jax.whole_file import whole_file
 
 # A model that was trained at one scale: with its controls, what flexible training has to beat.
 FIXED = ("vanilla", "vanilla_large", "vanilla_long")
+# Sheets of their own, and the models of base that stand in them.
+_BESIDE = {"kernels": ("static_tokens",), "tables": ("static_tokens", "spatial")}
 TESTS = {"own": "", "kernel": ", kernel PI-resized", "resized": ", video resized"}
 
 
@@ -64,24 +66,23 @@ def interval(values) -> tuple[float, float]:
 def sheets_of(row: dict) -> list[str]:
     """The sheets of a row: its setting, or its part where that has clips or a question of its own.
 
-    The base's static_tokens, whose kernel is area-gained, stands among the other kernels, too.
+    The base's models that others differ from in a method stand among these, too.
     """
     part = row["part"]
-    if PARTS[part].kind in ("zero", "fine") or part == "kernels":
+    if PARTS[part].kind in ("zero", "fine") or part in _BESIDE:
         return [part]
-    both = (part, row["model"]) == ("base", "static_tokens")
-    return [row["setting"], *["kernels"] * both]
+    also = [sheet for sheet, models in _BESIDE.items() if row["model"] in models]
+    return [row["setting"], *(also if part == "base" else [])]
 
 
 def make_lines(rows: list[dict]) -> dict[str, list[Line]]:
     """The lines of every sheet; folds are one list of clips."""
-    sheets, counts = {}, {}
-    kernels = any(row["part"] == "kernels" for row in rows)
+    sheets, counts, parts = {}, {}, {row["part"] for row in rows}
     for row in rows:
         if PARTS[row["part"]].kind in ("methods", "retrieval"):
             continue
         for sheet in sheets_of(row):
-            if sheet == "kernels" and not kernels:
+            if sheet in _BESIDE and sheet not in parts:
                 continue
             name, at = (row["model"], row["test"]), (row["frames"], row["size"])
             line = sheets.setdefault(sheet, {}).setdefault(name, Line(*name))

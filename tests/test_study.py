@@ -319,6 +319,10 @@ def test_tables_say_what_the_rows_hold(tmp_path):
         study_report.interval(pairs)
     )
     assert not any(minus == line for line, minus in gaps)
+    shown = study_report.shown_differences(study_report.differences(lines))
+    own = {row["minus"]: row["mean"] for row in shown if row["line"] == "static_tokens"}
+    assert own == {"vanilla": pytest.approx(61),
+                   "the best control: vanilla, video resized": pytest.approx(12)}  # fmt: skip
     duels = study_report.duels(lines)
     assert [d["mean"] for d in duels] == pytest.approx([2.0, 2.0, 2.0])
     assert duels[0]["control"] == "vanilla" and duels[2]["at"] == "2x28"

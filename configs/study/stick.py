@@ -26,16 +26,25 @@ MODELS |= {
     "vanilla_large": MODELS["vanilla"] | {"model.size": (112, 112), "model.patch": (16, 16)},
     # ... and as many frames as the longest training clips of the flexible models.
     "vanilla_long": MODELS["vanilla"] | {"model.frames": 8},
-    # Every clip at the largest scale, too, which teaches the other.
-    "static_tokens_distill": {"stretch.distill": 1.0},
     # As many clips in all as with 8 in every batch (within 3 %): 11 of 2 frames, 5 of 4, 2 of 8.
     "static_tokens_budget": {"data.tokens_per_batch": 1089},
-    "stretchy_plus": {},
+    "stretchy_plus": {},  # with scale self-distillation
 }
 MODELS |= {
     f"static_tokens_{method}": {"stretch.kernel_method": method}
     for method in METHODS
     if method not in ("area", "lanczos3")  # area is what static_tokens has
+}
+# The spatial table is interpolated where the grid of tokens changes, the temporal one in both.
+TABLES = {
+    "spatial_grid": ("spatial", "stretch.spatial_method"),
+    "static_tokens_time": ("static_tokens", "stretch.temporal_method"),
+}
+MODELS |= {
+    f"{name}_{method}": MODELS[model] | {field: method}
+    for name, (model, field) in TABLES.items()
+    for method in METHODS
+    if method not in ("paper", "lanczos3")  # paper is what both have
 }
 
 
