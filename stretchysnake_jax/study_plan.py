@@ -76,7 +76,16 @@ PARTS = {
         "sixteen small scenes in a picture",
     ),
     "timing": Part(
-        {"timing": ("vanilla", "vanilla_long", "temporal", "static_tokens", "stretchy_plus")},
+        {
+            "timing": (
+                "vanilla",
+                "vanilla_long",
+                "temporal",
+                "static_tokens",
+                "static_tokens_even",
+                "stretchy_plus",
+            )
+        },
         10,
         "grid",
         "classes told by timing",
