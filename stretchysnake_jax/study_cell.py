@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import time
@@ -194,16 +195,21 @@ def place(cell: Cell, test: str, frames: int, size: int, config: Config) -> dict
 
 
 def method_rows(cell: Cell, study: Study, loaded: model.Model, data, clips, progress) -> list[dict]:
-    """Rows of the methods of interpolation, each on one weight, the others as trained."""
+    """Rows of the methods of interpolation, each on one weight, the others as trained.
+
+    Whatever a model was trained as, the kernel and the temporal table are tried where the patch
+    follows the size and the grid of tokens stays; the spatial table where the patch stays.
+    """
     step, rows = ablate.make_step(loaded.run), []
-    pairs = [(w, m) for w in grid.METHODS_OF for m in study_plan.METHODS]
     trained = {bucket for bucket, _ in training_buckets(loaded.run.stretch, loaded.config)}
     places = study.grid
     if not study.quick:
         places = [(t, s) for t in study_plan.METHOD_FRAMES for s in study_plan.METHOD_SIZES]
-    counter, variant = Counter(progress, len(places) * len(clips)), loaded.methods.variant
-    for frames, size in places:
+    groups = (("static_tokens", ("kernel", "temporal")), ("spatial", ("spatial",)))
+    counter = Counter(progress, len(places) * len(groups) * len(clips))
+    for (frames, size), (variant, weights) in itertools.product(places, groups):
         bucket = make_bucket(variant, frames, (size, size), loaded.config)
+        pairs = [(weight, method) for weight in weights for method in study_plan.METHODS]
         given = step, loaded, clips, bucket, pairs, TEST_BATCH, (1, 1), counter
         scores, _ = ablate.evaluate_cell(*given)
         counter.next(clips)

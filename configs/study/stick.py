@@ -3,8 +3,9 @@
     stretchysnake train --config configs/study/stick.py:static_tokens,detail --workdir runs/x
 
 The argument is MODEL[,SETTING][,quick]. Steps, clips, batch and learning rate are those of
-configs/stick_actions.py for all of them; models of one shape begin with the same weights under the
-same seed. `quick` is for tests: a smaller encoder, a tenth of the clips, six steps.
+configs/stick_actions.py for all of them; models of one shape begin with the same weights under
+the same seed. The temporal table of a flexible model has as many frames as its longest training
+clips. `quick` is for tests: a smaller encoder, a tenth of the clips, six steps.
 """
 
 from stretchysnake_configs import stick_actions, stretchy_plus
@@ -71,4 +72,6 @@ def get_config(arg: str = "static_tokens") -> Config:
         for step in parts:
             part = getattr(part, step)
         setattr(part, last, value)
+    if config.stretch.variant != "vanilla":  # as the paper's, 64 for clips of 8 to 64
+        config.model.frames = max(config.stretch.frames)
     return config
