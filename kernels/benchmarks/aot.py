@@ -241,7 +241,9 @@ def compile_for(
     with tempfile.TemporaryDirectory() as folder, _not_cached(), _mosaic_dump(folder):
         # "ptx" makes newer releases write the kernels too; a wider pattern takes seconds more.
         dump = _cuda_options() | {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
-        compiled = lowered.compile(compiler_options=dict(compiler_options or {}) | dump)
+        # What users get, whatever XLA_FLAGS say here.
+        effort = {"xla_backend_optimization_level": 3}
+        compiled = lowered.compile(compiler_options=effort | dict(compiler_options or {}) | dump)
         hlo, memory = compiled.as_text(), compiled.memory_analysis()
         ours = set(PALLAS_NAME.findall(hlo))
         kernels, mosaic = _read_dump(pathlib.Path(folder), ours)
