@@ -5,12 +5,12 @@ import shutil
 import tempfile
 
 # Compiled functions are shared by all tests of a session and the processes that they start, those
-# of pytest-xdist included, and XLA is asked for little effort at machine code, which takes a third
-# off the tests' time; what it does to a program before stays. Set before JAX is imported.
+# of pytest-xdist included, and XLA is asked for its least effort at machine code, which takes a
+# third off the tests' time; what it does to a program before stays. Set before JAX is imported.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="stretchysnake-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-    _FLAGS = os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=1"
+    _FLAGS = os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"
     os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
