@@ -204,11 +204,13 @@ def describe(cells: list[Cell], left: list[Cell], slots: int) -> str:
 
 def prepare_data(left: list[Cell], study: Study, progress: Progress) -> None:
     """Renders what the cells need, before several processes would do it at once."""
-    from stretchysnake_jax import run
+    from stretchysnake_jax import run, study_weizmann
 
     for setting in dict.fromkeys(cell.setting for cell in left):
         cell = next(cell for cell in left if cell.setting == setting)
         run.prepare(study.base_run(cell)[0], progress)
+    if any(cell.kind == "followed" for cell in left):
+        study_weizmann.prepare(study.weizmann, study.followed, progress)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -252,10 +252,10 @@ def retrieval_rows(
     return rows
 
 
-def weizmann_clips(study: Study, classes, progress: Progress) -> ClipList:
-    """All clips of Weizmann, labelled as a model's classes are."""
+def weizmann_clips(root: str, classes, progress: Progress) -> ClipList:
+    """All clips of Weizmann below a folder, labelled as a model's classes are."""
     config = Config()
-    config.data.dataset, config.data.root = "weizmann_loso", study.weizmann
+    config.data.dataset, config.data.root = "weizmann_loso", root
     parts = [load_clips(config.data, s, classes, say=progress.say) for s in ("train", "test")]
     return dataclasses.replace(
         parts[0],
@@ -268,6 +268,7 @@ def weizmann_clips(study: Study, classes, progress: Progress) -> ClipList:
 KINDS = {
     "grid": grid_rows,
     "zero": grid_rows,
+    "followed": grid_rows,
     "fine": grid_rows,
     "methods": method_rows,
     "retrieval": retrieval_rows,
@@ -293,8 +294,9 @@ def do_cell(cell: Cell, study: Study, progress: Progress) -> list[dict]:
     config, workdir = chain[-1]
     data = run.prepare(config, progress)[0].data
     loaded = model.load(workdir)
-    if cell.kind == "zero":
-        clips = weizmann_clips(study, loaded.classes, progress)
+    if cell.kind in ("zero", "followed"):
+        root = study.weizmann if cell.kind == "zero" else str(study.followed)
+        clips = weizmann_clips(root, loaded.classes, progress)
     else:
         clips = load_clips(data, "test", loaded.classes, say=progress.say)
     rows = KINDS[cell.kind](cell, study, loaded, data, clips, progress)

@@ -22,7 +22,7 @@ METHODS = ("paper", "pi", "area", "bilinear", "nearest", "none")
 RETRIEVAL = ((2, 28), (4, 56), (6, 84), (8, 112))  # (frames, size) of gallery and of queries
 FOLDS = 9  # subjects of Weizmann
 MANY = 1500  # tokens of a clip, above which every fourth test clip has to do
-NEED_WEIZMANN = ("zero", "fine")  # kinds of parts
+NEED_WEIZMANN = ("zero", "followed", "fine")  # kinds of parts
 TEST_BATCH = 10
 TRAINED = "study.json"  # in a workdir whose training is done
 
@@ -36,7 +36,8 @@ class Part:
       minutes: that a cell may take on one core.
       kind: what a cell does: "grid" trains and evaluates on the clips of its own setting; the
         others evaluate the same checkpoint: "methods" of interpolation, "retrieval", "zero" shots
-        of Weizmann; "fine" fine-tunes it on Weizmann, one subject left out.
+        of Weizmann, "followed" the same with the camera on the person; "fine" fine-tunes it on
+        Weizmann, one subject left out.
       about: in words.
       seeds: how many of the study's seeds it is run with, at most.
     """
@@ -110,6 +111,7 @@ PARTS = {
     ),
     "methods": Part({"base": _PAIR}, 6, "methods", "methods tried on checkpoints of base"),
     "weizmann_zero": Part({"base": _BASE}, 4, "zero", "checkpoints of base on Weizmann"),
+    "weizmann_follow": Part({"base": _BASE}, 4, "followed", "the same, the camera on the person"),
     "weizmann": Part(
         {"base": (*_PAIR, "static_tokens_wide", "stretchy_plus")},
         2,
@@ -173,6 +175,11 @@ class Study:
     runs: pathlib.Path
     weizmann: str = ""
     quick: bool = False
+
+    @property
+    def followed(self) -> pathlib.Path:
+        """The folder of Weizmann's videos with the camera on the person."""
+        return self.runs / "data" / "weizmann_followed"
 
     @property
     def grid(self) -> list[tuple[int, int]]:

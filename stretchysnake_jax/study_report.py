@@ -12,7 +12,7 @@ import pathlib
 import numpy as np
 from scipy import stats
 
-from stretchysnake_jax.study_plan import PARTS
+from stretchysnake_jax.study_plan import NEED_WEIZMANN, PARTS
 from stretchysnake_jax.whole_file import whole_file
 
 # A model that was trained at one scale: with its controls, what flexible training has to beat.
@@ -69,7 +69,7 @@ def sheets_of(row: dict) -> list[str]:
     The base's models that others differ from in a method stand among these, too.
     """
     part = row["part"]
-    if PARTS[part].kind in ("zero", "fine") or part in _BESIDE:
+    if PARTS[part].kind in NEED_WEIZMANN or part in _BESIDE:
         return [part]
     also = [sheet for sheet, models in _BESIDE.items() if row["model"] in models]
     return [row["setting"], *(also if part == "base" else [])]

@@ -12,12 +12,21 @@ import subprocess
 import sys
 import time
 
+import cv2
 import jax
 import numpy as np
 import pytest
 from stretchysnake_configs.study import stick, weizmann
 
-from stretchysnake_jax import cli, models, study, study_cell, study_plan, study_report
+from stretchysnake_jax import (
+    cli,
+    models,
+    study,
+    study_cell,
+    study_plan,
+    study_report,
+    study_weizmann,
+)
 from stretchysnake_jax.buckets import Bucket, training_buckets
 from stretchysnake_jax.clock import Progress
 from stretchysnake_jax.config import Config, ConfigError, StretchConfig
@@ -384,6 +393,55 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path, capsys):
     said = capsys.readouterr()
     assert "base-base-vanilla-0" in said.out and "left out without --data" in said.err
     assert not (tmp_path / "out").exists()
+
+
+def wall(columns, rows=(49, 119)) -> np.ndarray:
+    """A noisy wall, 180 x 144 pixels, with a dark block from the given columns on, 10 wide."""
+    rng = np.random.default_rng(0)
+    still = rng.integers(120, 160, (144, 180, 3), np.uint8)
+    video = np.tile(still, (len(columns), 1, 1, 1))
+    for frame, left in zip(video, columns, strict=True):
+        frame[slice(*rows), max(0, left) : left + 10] = 20
+    return video
+
+
+def test_the_camera_goes_along_with_the_person():
+    columns = range(-4, 176, 3)
+    video = wall(columns)
+    found = study_weizmann.follow(video)
+    side, top = study_weizmann.SIDE, study_weizmann.TOP
+    assert found.shape == (60, side, side, 3) and found.dtype == np.uint8
+    dark = found[5:-5].max(-1) < 60
+    middles = [np.nonzero(frame.any(0))[0].mean() for frame in dark]
+    assert np.abs(np.array(middles) - side / 2).max() < 4
+    assert all(np.flatnonzero(frame.any(1)).tolist() == list(range(49 - top, 119 - top))
+               for frame in dark)  # fmt: skip
+    # An arm that goes up and down moves no camera, and without anything that moves it stays.
+    arm = wall([80 + i % 8 for i in range(40)], (40, 60))
+    assert len(np.unique(study_weizmann.centres(arm))) == 1
+    assert abs(study_weizmann.centres(arm)[0] - 88) < 8
+    assert study_weizmann.centres(wall([50] * 9)).tolist() == [90] * 9
+
+
+def test_followed_videos_are_lossless_and_kept(tmp_path):
+    source, out = tmp_path / "weizmann", tmp_path / "out"
+    (source / "run").mkdir(parents=True)
+    path, video = source / "run" / "ido_run.avi", wall(range(0, 170, 10))
+    codec = cv2.VideoWriter_fourcc(*"FFV1")
+    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, codec, 25, (180, 144))
+    for frame in video:
+        writer.write(frame)
+    writer.release()
+    study_weizmann.prepare(str(source), out, Progress())
+    written = out / "run" / "ido_run.avi"
+    np.testing.assert_array_equal(study_weizmann._read(written), study_weizmann.follow(video))
+    before = written.stat().st_mtime_ns
+    study_weizmann.prepare(str(source), out, Progress())
+    assert written.stat().st_mtime_ns == before
+    (source / "run" / "ira_run.avi").write_bytes(b"no video")
+    with pytest.raises(ConfigError, match="ira_run.avi holds 0 frames"):
+        study_weizmann.prepare(str(source), out, Progress())
+    assert len(list(out.rglob("*.avi"))) == 1
 
 
 @pytest.mark.slow
