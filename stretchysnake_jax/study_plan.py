@@ -67,7 +67,6 @@ PARTS = {
                 "vanilla",
                 "vanilla_large",
                 "spatial",
-                "flex_all",
                 "static_tokens",
                 "stretchy_plus",
             )
@@ -92,11 +91,7 @@ PARTS = {
         "classes told by timing",
     ),
     "recipes": Part(
-        {
-            "base": ("static_tokens_budget", "stretchy_plus"),
-            "detail": ("static_tokens_budget",),
-            "timing": ("static_tokens_budget",),
-        },
+        {"base": ("static_tokens_budget", "stretchy_plus")},
         10,
         "grid",
         "beyond the paper, beside static_tokens",

@@ -257,6 +257,17 @@ def test_initialisation_is_that_of_a_vit():
     }
 
 
+def test_initialisation_follows_the_model_where_it_says_so():
+    # A width of 64 learns nothing from N(0, 0.02); the micro preset begins by the inputs' count.
+    model = dataclasses.replace(MODEL, dim=64, heads=None, linear_init_std=None)
+    _, params = models.init(model, jax.random.key(0))
+    for name, x in leaves(params["layers"]).items():
+        if name.endswith("kernel"):
+            bound = x.shape[-2] ** -0.5
+            assert 0.95 * bound < np.abs(x).max() <= bound, name
+            assert np.std(x) == pytest.approx(bound / 3**0.5, rel=0.05), name
+
+
 def test_sizes_and_operations_of_published_transformers():
     # timm's deit_*_patch16_224: parameters, GMACs (norms and softmax counted). Our last norm has
     # no bias.

@@ -1,7 +1,8 @@
 """The block of a plain ViT, for the transformer beside which the Mamba blocks are measured.
 
-Every token attends to every other one, over space and time at once. Names, initialisation and the
-two branches of drop path are those of timm's ViT (Dosovitskiy et al., arXiv 2010.11929).
+Every token attends to every other one, over space and time at once. Names and the two branches of
+drop path are those of timm's ViT (Dosovitskiy et al., arXiv 2010.11929), and so is the beginning,
+weights N(0, 0.02) and bias 0, unless `linear_init_std` is set.
 """
 
 import functools
@@ -13,15 +14,9 @@ from flax import nnx
 from stretchysnake_kernels.dispatch import platform
 
 from stretchysnake_jax.config import ModelConfig
+from stretchysnake_jax.models.mamba import linear
 
 NORM_EPS = 1e-6
-# timm cuts its normal distribution at +-2, a hundred standard deviations.
-WEIGHTS = jax.nn.initializers.truncated_normal(0.02, lower=-100, upper=100)
-
-
-def linear(inputs: int, outputs: int, dtype, rngs) -> nnx.Linear:
-    """A projection as a ViT begins with it: weights N(0, 0.02), bias 0."""
-    return nnx.Linear(inputs, outputs, dtype=dtype, kernel_init=WEIGHTS, rngs=rngs)
 
 
 def choose_implementation(dtype, width: int, mesh) -> str:
@@ -51,9 +46,9 @@ class Attention(nnx.Module):
     """Multi-head self-attention over all tokens; the softmax is float32 whatever the dtype."""
 
     def __init__(self, config: ModelConfig, dtype, rngs: nnx.Rngs):
-        self.heads = config.num_heads
-        self.qkv = linear(config.dim, 3 * config.dim, dtype, rngs)
-        self.proj = linear(config.dim, config.dim, dtype, rngs)
+        self.heads, std = config.num_heads, config.linear_init_std
+        self.qkv = linear(config.dim, 3 * config.dim, std, dtype, rngs, bias=True)
+        self.proj = linear(config.dim, config.dim, std, dtype, rngs, bias=True)
 
     def __call__(self, x, mesh=None, length: int | None = None):
         """Mixes tokens; arguments and result as of `BidirectionalMixer`.
@@ -77,8 +72,9 @@ class Mlp(nnx.Module):
     """fc1 -> GELU -> fc2, each token for itself."""
 
     def __init__(self, config: ModelConfig, dtype, rngs: nnx.Rngs):
-        self.fc1 = linear(config.dim, config.hidden, dtype, rngs)
-        self.fc2 = linear(config.hidden, config.dim, dtype, rngs)
+        std = config.linear_init_std
+        self.fc1 = linear(config.dim, config.hidden, std, dtype, rngs, bias=True)
+        self.fc2 = linear(config.hidden, config.dim, std, dtype, rngs, bias=True)
 
     def __call__(self, x):
         """(batch, length, dim) -> (batch, length, dim)."""
