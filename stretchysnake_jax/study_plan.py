@@ -96,7 +96,9 @@ PARTS = {
         "grid",
         "beyond the paper, beside static_tokens",
     ),
-    "kernels": Part({"base": _KERNELS}, 8, "grid", "kernel methods in training; area is base's"),
+    "kernels": Part(
+        {"base": _KERNELS}, 8, "grid", "kernel methods in training; area is base's", seeds=1
+    ),
     "tables": Part(
         {"base": _TABLES},
         10,
