@@ -6,6 +6,7 @@ wherever that file is; see docs/study.md.
 """
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ from stretchysnake_jax import study_plan, worker
 from stretchysnake_jax.ablate import parse_choices, parse_seeds
 from stretchysnake_jax.clock import Progress, duration
 from stretchysnake_jax.config import ConfigError
-from stretchysnake_jax.study_plan import PARTS, Cell, Study, Table
+from stretchysnake_jax.study_plan import FOLDS, PARTS, Cell, Study, Table, cell_of
 from stretchysnake_jax.whole_file import whole_file
 from stretchysnake_jax.worker import share_cores
 
@@ -182,6 +183,29 @@ def find_left(cells: list[Cell], table: Table, study: Study, progress: Progress)
     return left
 
 
+def current_rows(table: Table, study: Study, progress: Progress) -> list[dict]:
+    """The rows that are reported; says which cells are outdated, or lack folds, and left out."""
+    done, out = table.done(), {}
+    for cell, digest in done.items():
+        if not study.is_current(cell, digest):
+            out[cell] = "another configuration"
+        elif cell.kind == "fine":
+            folds = (dataclasses.replace(cell, fold=fold) for fold in range(1, FOLDS + 1))
+            if lacking := sum(fold not in done for fold in folds):
+                out[cell] = f"{lacking} of {FOLDS} folds are lacking"
+    for cell, why in out.items():
+        progress.say(f"not reported: {cell.key}: {why}")
+    return [row for row in table.rows if cell_of(row) not in out]
+
+
+def refuse_mixture(table: Table, study: Study) -> None:
+    """ConfigError if the table is of a quick study and this isn't, or the other way round."""
+    other = dataclasses.replace(study, quick=not study.quick)
+    if any(other.is_current(cell, digest) for cell, digest in table.done().items()):
+        without = "without" if study.quick else "with"
+        raise ConfigError(f"{table.path} is of a study {without} --quick: take another --out")
+
+
 def describe(cells: list[Cell], left: list[Cell], slots: int) -> str:
     """The parts and cells with their budgets, as text."""
     lines = []
@@ -251,6 +275,7 @@ def main(argv: list[str]) -> int:
     runs = pathlib.Path(args.runs or ("runs/study-quick" if args.quick else "runs/study"))
     study = Study(runs, parse_data(args.data), args.quick)
     table, failed = Table(out / "study.csv"), []
+    refuse_mixture(table, study)
     parts = parse_choices(args.parts, "--parts", tuple(PARTS)) if args.parts else list(PARTS)
     needs = [part for part in parts if PARTS[part].kind in study_plan.NEED_WEIZMANN]
     if not args.report:
@@ -269,11 +294,12 @@ def main(argv: list[str]) -> int:
         if left:
             prepare_data(left, study, progress)
             failed = run_cells(left, table, study, progress)
-    if not table.rows:
+    rows = current_rows(table, study, progress)
+    if not rows:
         raise ConfigError(f"{table.path} has no rows: there is nothing to report")
     from stretchysnake_jax import study_report
 
-    for path in study_report.write(out, table.rows):
+    for path in study_report.write(out, rows):
         print(f"written: {path}")
     if failed:
         progress.say(f"{len(failed)} cells failed; the same command tries them again")

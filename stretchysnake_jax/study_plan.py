@@ -21,7 +21,10 @@ METHOD_FRAMES, METHOD_SIZES = (3, 4, 8), (28, 56, 84)
 METHODS = ("paper", "pi", "area", "bilinear", "nearest", "none")
 RETRIEVAL = ((2, 28), (4, 56), (6, 84), (8, 112))  # (frames, size) of gallery and of queries
 FOLDS = 9  # subjects of Weizmann
-MANY = 1500  # tokens of a clip, above which every fourth test clip has to do
+MANY = 1500  # tokens of a clip, above which a quarter of the test clips has to do
+# What a cell's rows depend on beside its models and the numbers here: to be raised with the code
+# that tests.
+PROTOCOL = 2
 NEED_WEIZMANN = ("zero", "followed", "fine")  # kinds of parts
 TEST_BATCH = 10
 TRAINED = "study.json"  # in a workdir whose training is done
@@ -39,7 +42,7 @@ class Part:
         of Weizmann, "followed" the same with the camera on the person; "fine" fine-tunes it on
         Weizmann, one subject left out.
       about: in words.
-      seeds: how many of the study's seeds it is run with, at most.
+      seeds: it is run with the seeds below this number alone.
     """
 
     models: dict[str, tuple[str, ...]]
@@ -152,7 +155,8 @@ def make_cells(parts, seeds) -> list[Cell]:
     return [
         Cell(part, setting, model, seed, fold)
         for part in parts
-        for seed in list(seeds)[: PARTS[part].seeds]
+        for seed in seeds
+        if seed < PARTS[part].seeds
         for setting, models in PARTS[part].models.items()
         for model in models
         for fold in (range(1, FOLDS + 1) if PARTS[part].kind == "fine" else (0,))
@@ -221,20 +225,30 @@ class Study:
         return chain[done[-1] + 1 :] if done else chain
 
     def digest(self, cell: Cell) -> str:
-        """Tells a cell's configurations apart from others, see `digest`."""
-        return digest(*(config for config, _ in self.chain(cell)))
+        """Tells a cell's configurations, and how it is tested, apart from others."""
+        tested = {
+            "methods": (METHODS, METHOD_FRAMES, METHOD_SIZES),
+            "retrieval": (RETRIEVAL,),
+        }.get(cell.kind, (self.grid, MANY))
+        return digest(*(config for config, _ in self.chain(cell)), tested=(PROTOCOL, *tested))
+
+    def is_current(self, cell: Cell, found: str) -> bool:
+        """Whether a cell is one of the study and rows with this digest are of its configuration."""
+        planned = cell.part in PARTS and cell in make_cells([cell.part], [cell.seed])
+        return planned and self.digest(cell) == found
 
 
 # What isn't the recipe: where files lie, and the axes of the study.
 _PLACES = ("data.stick_actions.path", "data.root", "train.init_from", "train.seed", "data.fold")
 
 
-def digest(*configs: Config) -> str:
+def digest(*configs: Config, tested=None) -> str:
     """A short name of what configurations set, in fields that change a run's numbers.
 
     Fields at their defaults don't count, so that a field which comes later changes no name.
+    `tested`, which JSON takes, counts too if it is given.
     """
-    default, found = Config(), []
+    default, found = Config(), [] if tested is None else [tested]
     for config in configs:
         names = [name for name in field_names(config) if name not in (*run.FREE, *_PLACES)]
         values = {name: operator.attrgetter(name)(config) for name in names}

@@ -146,17 +146,20 @@ def best_within(line: Line, budget: float) -> tuple[int, int] | None:
 def differences(lines: list[Line]) -> list[dict]:
     """Mean over unseen cells, line by line, minus that of reference lines; pairs of one seed.
 
-    References are every fixed-scale model and control, and static_tokens. At a place of the grid a
-    model whose grid of tokens stays and a control take the same GFLOPs, give or take the patch
-    embedding, so these are differences at equal cost.
+    References of a line, all with its kind of blocks: fixed-scale models, every control,
+    static_tokens, and the model that its name goes on from ("spatial" of "spatial_grid_pi"). At a
+    place of the grid a model whose grid of tokens stays and a control take the same GFLOPs, give or
+    take the patch embedding, so these are differences at equal cost.
     """
-    references = [line for line in lines if line.model in FIXED]
-    references += [line for line in lines if (line.model, line.test) == ("static_tokens", "own")]
     found = []
     for line in lines:
-        for other in references:
+        blocks, name = _split(line.model)
+        for other in lines:
+            kind, reference = _split(other.model)
+            wanted = reference in (*FIXED, "static_tokens") or other.test != "own"
+            wanted |= name.startswith(f"{reference}_")
             seeds = sorted(set(line.seeds) & set(other.seeds))
-            if not seeds or other is line or line.test != "own":
+            if not (wanted and seeds and kind == blocks) or other is line or line.test != "own":
                 continue
             pairs = [
                 line.mean(s, "between", "beyond") - other.mean(s, "between", "beyond")
@@ -168,14 +171,21 @@ def differences(lines: list[Line]) -> list[dict]:
     return found
 
 
+def _split(model: str) -> tuple[str, str]:
+    """("vit_", "vanilla") of "vit_vanilla": what tells its blocks, and the rest."""
+    blocks = "vit_" if model.startswith("vit_") else ""
+    return blocks, model.removeprefix(blocks)
+
+
 def shown_differences(found: list[dict]) -> list[dict]:
-    """Of every line those to vanilla, to static_tokens and to the reference that is hardest to beat
-    ("the best control"); the CSV has all."""
+    """Of every line those to models as they were trained, and to the hardest to beat of fixed-scale
+    models and their controls ("the best control"); the CSV has all."""
     shown = []
     for name in dict.fromkeys(row["line"] for row in found):
         own = [row for row in found if row["line"] == name]
-        shown += [row for row in own if row["minus"] in ("vanilla", "static_tokens")]
-        if controls := [row for row in own if row["minus"] != "static_tokens"]:
+        shown += [row for row in own if "," not in row["minus"]]
+        fixed = {row["minus"]: _split(row["minus"].split(",")[0])[1] for row in own}
+        if controls := [row for row in own if fixed[row["minus"]] in FIXED]:
             hardest = min(controls, key=lambda row: row["mean"])
             shown.append(hardest | {"minus": f"the best control: {hardest['minus']}"})
     return shown
@@ -184,8 +194,9 @@ def shown_differences(found: list[dict]) -> list[dict]:
 def duels(lines: list[Line]) -> list[dict]:
     """Within every budget the best flexible model against the best of all fixed-scale ones.
 
-    Flexible ones count as they were trained, fixed-scale ones with all their controls; transformers
-    are left aside. Pairs of one seed.
+    Flexible ones count as they were trained, fixed-scale ones with all their controls;
+    transformers, and controls of models that are flexible in time, are left aside. Pairs of one
+    seed. Either best is chosen on the test clips, the flexible one among more lines.
     """
     flexible = [x for x in lines if x.model not in FIXED and x.test == "own"]
     flexible = [x for x in flexible if not x.model.startswith("vit_")]

@@ -30,6 +30,7 @@ from stretchysnake_jax import (
 from stretchysnake_jax.buckets import Bucket, training_buckets
 from stretchysnake_jax.clock import Progress
 from stretchysnake_jax.config import Config, ConfigError, StretchConfig
+from stretchysnake_jax.data.lists import ClipList
 from stretchysnake_jax.interpolation import bicubic_antialias
 from stretchysnake_jax.step import fit
 from stretchysnake_jax.study_plan import PARTS, Cell, Study, Table
@@ -268,6 +269,20 @@ def test_controls_are_what_they_say(vanilla):
     assert not any(tests.is_trained(name, 2, 24) for name in tests.names)
 
 
+def test_a_quarter_of_the_clips_is_of_all_classes_and_subjects():
+    labels = np.repeat(np.arange(10), 20)
+    names = [f"{label}/s{subject}_t{take}.mp4" for label in range(10) for subject in range(10)
+             for take in range(2)]  # fmt: skip
+    clips = ClipList(names, labels, tuple("abcdefghij"))
+    found = study_cell.quarter(clips)
+    assert np.bincount(found.labels).tolist() == [5] * 10
+    assert found.paths == study_cell.quarter(clips).paths
+    assert len({path.split("/")[1].split("_")[0] for path in found.paths}) == 10
+    assert 10 < sum(path.endswith("t0.mp4") for path in found.paths) < 40
+    few = ClipList(names[:3], labels[:3], tuple("abcdefghij"))
+    assert len(study_cell.quarter(few)) == 1
+
+
 def test_only_models_of_one_scale_have_controls():
     for name, count in (("temporal", 3), ("vit_vanilla", 3), ("vanilla_large", 3), ("spatial", 1),
                         ("flexivit", 1), ("static_tokens", 1)):  # fmt: skip
@@ -377,6 +392,60 @@ def test_methods_and_retrieval_have_tables(tmp_path):
                                    ("4x56", "2x28"): 60, ("4x56", "4x56"): 80})  # fmt: skip
     names = {path.name for path in study_report.write(tmp_path, rows)}
     assert names == {"tables.md", "methods.csv", "retrieval.csv", "retrieval.png"}
+
+
+def test_only_whole_and_current_cells_are_reported(tmp_path, capsys):
+    files, table = Study(tmp_path, "w"), Table(tmp_path / "study.csv")
+    base, old = Cell("base", "base", "vanilla", 0), Cell("base", "base", "spatial", 0)
+    folds = [Cell("weizmann", "base", "vanilla", seed, fold)
+             for seed in (0, 1) for fold in range(1, 10) if (seed, fold) != (1, 9)]  # fmt: skip
+    gone = Cell("no_part", "base", "vanilla", 0)
+    for cell in (base, *folds):
+        table.add([make_row(cell, config=files.digest(cell))])
+    for cell in (old, gone, Cell("kernels", "base", "static_tokens_pi", 1)):
+        table.add([make_row(cell)])
+    rows = study.current_rows(table, files, Progress())
+    assert [study_plan.cell_of(row) for row in rows] == [base, *folds[:9]]
+    said = capsys.readouterr().err
+    assert "base-base-spatial-0: another configuration" in said and "no_part" in said
+    assert "weizmann-base-vanilla-1-fold8: 1 of 9 folds are lacking" in said
+    study.refuse_mixture(table, files)
+    with pytest.raises(ConfigError, match="without --quick: take another --out"):
+        study.refuse_mixture(table, dataclasses.replace(files, quick=True))
+
+
+def test_cells_say_how_they_are_tested(tmp_path, monkeypatch):
+    files, cell = Study(tmp_path), Cell("methods", "base", "vanilla", 0)
+    grid, methods = files.digest(Cell("base", "base", "vanilla", 0)), files.digest(cell)
+    monkeypatch.setattr(study_plan, "METHOD_FRAMES", (3,))
+    assert files.digest(cell) != methods
+    assert files.digest(Cell("base", "base", "vanilla", 0)) == grid
+    monkeypatch.setattr(study_plan, "PROTOCOL", 99)
+    assert files.digest(Cell("base", "base", "vanilla", 0)) != grid
+
+
+def test_one_seed_is_the_first_whatever_is_asked_for():
+    assert {cell.seed for cell in study_plan.make_cells(["kernels"], [2, 0, 1])} == {0}
+    assert study_plan.make_cells(["kernels"], [1, 2]) == []
+
+
+def test_references_have_the_same_blocks():
+    names = ("vanilla", "static_tokens", "spatial", "spatial_grid_pi", "vit_vanilla",
+             "vit_static_tokens")  # fmt: skip
+    rows = [make_row(Cell("base", "base", name, 0), test=test) for name in names
+            for test in ("own", "kernel") if test == "own" or name.endswith("vanilla")]  # fmt: skip
+    [lines] = study_report.make_lines(rows).values()
+    found = study_report.differences(lines)
+    pairs = {}
+    for row in found:
+        pairs.setdefault(row["line"], set()).add(row["minus"])
+    kernel = "vanilla, kernel PI-resized"
+    assert pairs["vit_static_tokens"] == {"vit_vanilla", f"vit_{kernel}"}
+    assert pairs["spatial_grid_pi"] == {"vanilla", kernel, "static_tokens", "spatial"}
+    assert pairs["static_tokens"] == {"vanilla", kernel}
+    shown = [r["minus"] for r in study_report.shown_differences(found)
+             if r["line"] == "vit_static_tokens"]  # fmt: skip
+    assert "vit_vanilla" in shown and shown[-1].startswith("the best control: vit_vanilla")
 
 
 def test_the_command_refuses_what_it_cannot_do(tmp_path, capsys):
