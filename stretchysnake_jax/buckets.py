@@ -236,6 +236,17 @@ def find_teacher(stretch: StretchConfig, model: ModelConfig) -> Bucket | None:
     return max(found, key=lambda b: (b.frames * b.height * b.width, b.tokens(model.tubelet)))
 
 
+def loaded_bucket(teacher: Bucket, student: Bucket) -> Bucket:
+    """What a step of self-distillation loads, as a bucket of the teacher's size and patch.
+
+    Its frames are the teacher's, and behind them the student's, each sampled for themselves: few of
+    the teacher's frames would not lie as frames do that were sampled for so many. A student of as
+    many frames has the teacher's.
+    """
+    more = student.frames if student.frames < teacher.frames else 0
+    return dataclasses.replace(teacher, frames=teacher.frames + more)
+
+
 def _drawn(stretch: StretchConfig, model: ModelConfig) -> list[tuple[Bucket, float]]:
     """The buckets that steps draw from, all but the teacher, with their relative chances."""
     teacher = find_teacher(stretch, model)
@@ -260,10 +271,11 @@ class Schedule:
 
     @property
     def loaded(self) -> "Schedule":
-        """The schedule for the loader: the teacher's scale, if there is one, at every step."""
+        """The schedule for the loader: of every step the `loaded_bucket`, if there is a teacher."""
         if self.teacher is None:
             return self
-        return dataclasses.replace(self, buckets=(self.teacher,) * len(self.buckets))
+        found = tuple(loaded_bucket(self.teacher, bucket) for bucket in self.buckets)
+        return dataclasses.replace(self, buckets=found)
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Scale self-distillation: the largest scale of a run teaches the one drawn in the same step.
 
-Every batch is loaded at the largest scale, the teacher's. The student sees the same clips at the
-bucket that was drawn, cut down from it on the device by `view`. One set of weights learns both:
+Every batch is loaded at the largest scale, the teacher's, and with it the frames of the bucket that
+was drawn, the student's, which `views` shrinks on the device. One set of weights learns both:
 
     loss = CE(teacher) + CE(student) + weight * T^2 * KL(stop_gradient(p_teacher) || p_student)
 
@@ -14,22 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-def frame_indices(given: int, wanted: int, ends: bool) -> np.ndarray:
-    """Frames spread evenly over a clip.
-
-    Args:
-      given: frames that the clip has.
-      wanted: frames to take.
-      ends: from the first to the last, rounded down, as the loader's "uniform" sampling does it;
-        False: the middle of equal parts, as "sparse" does it.
-
-    Returns:
-      Ascending indices, int64 (wanted,).
-    """
-    if ends:
-        return np.linspace(0, given - 1, wanted).astype(np.int64)
-    return (2 * np.arange(wanted) + 1) * given // (2 * wanted)
+from stretchysnake_jax.buckets import Bucket, loaded_bucket
 
 
 def area_weights(given: int, wanted: int) -> np.ndarray:
@@ -44,36 +29,35 @@ def area_weights(given: int, wanted: int) -> np.ndarray:
     return (np.clip(shared, 0, None) / side).astype(np.float32)
 
 
-def view(video, frames: int, height: int, width: int, ends: bool):
-    """The student's view of clips: fewer frames, fewer pixels.
+def views(video, teacher: Bucket, student: Bucket):
+    """The two clips that a step learns from.
 
     Args:
-      video: (B, T, H, W, 3), uint8 or float.
-      frames, height, width: of the view; none above those of `video`.
-      ends: see `frame_indices`; true where `data.sampling` is "uniform".
+      video: (B, T, H, W, 3) of the `buckets.loaded_bucket`, uint8 or float.
+      teacher, student: their scales; no side of the student's is larger.
 
     Returns:
-      (B, frames, height, width, 3) of the same dtype; uint8 is rounded. `video` itself if it has
-      these sizes.
+      The teacher's clips and the student's, (B, frames, height, width, 3) each, of the same dtype;
+      the student's are averaged by area, uint8 is rounded.
 
     Raises:
-      ValueError: the view is larger than the video.
+      ValueError: the student is larger, or the video isn't of these scales.
     """
-    sizes, wanted = video.shape[1:4], (frames, height, width)
-    if any(more > size for more, size in zip(wanted, sizes, strict=True)):
-        raise ValueError(f"a view of {wanted} (frames, height, width) is larger than {sizes}")
-    if frames < sizes[0]:
-        video = video[:, frame_indices(sizes[0], frames, ends)]
-    if (height, width) == sizes[1:]:
-        return video
-    small = video.astype(jnp.float32)
+    pairs = zip(student.shape, teacher.shape, strict=True)
+    if any(more > side for more, side in pairs):
+        raise ValueError(f"a student at {student} should be no larger than its teacher, {teacher}")
+    loaded = loaded_bucket(teacher, student)
+    if video.shape[1:] != loaded.shape:
+        raise ValueError(f"clips of {video.shape[1:]}: {teacher} and {student} take {loaded.shape}")
+    first, last = video[:, : teacher.frames], video[:, -student.frames :]
+    small = last.astype(jnp.float32)
     for axis, spec in ((1, "oh,bthwc->btowc"), (2, "ow,bthwc->bthoc")):
-        if wanted[axis] < sizes[axis]:
-            weights = area_weights(sizes[axis], wanted[axis])
-            small = jnp.einsum(spec, weights, small, precision="highest")
+        given, wanted = loaded.shape[axis], student.shape[axis]
+        if wanted < given:
+            small = jnp.einsum(spec, area_weights(given, wanted), small, precision="highest")
     if jnp.issubdtype(video.dtype, jnp.integer):
         small = jnp.round(small)
-    return small.astype(video.dtype)
+    return first, small.astype(video.dtype)
 
 
 def divergence(teacher, student, temperature: float = 1.0):

@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from stretchysnake_jax import distill, mix, models, optim, sharding
-from stretchysnake_jax.buckets import Bucket, find_teacher
+from stretchysnake_jax.buckets import Bucket, find_teacher, loaded_bucket
 from stretchysnake_jax.compile import Program, Programs, compile_program
 from stretchysnake_jax.config import Config, ModelConfig, StretchConfig, resolve
 from stretchysnake_jax.interpolation import (
@@ -186,7 +186,7 @@ class TrainStep:
         apply = models.make_apply(config.model, train.dtype, mesh, train.remat, train.layers)
         optimizer = optim.make_optimizer(settings, steps)
 
-        stretch, ends = config.stretch, resolve(config.data).sampling == "uniform"
+        stretch = config.stretch
 
         def loss_fn(params, part, clips, key, bucket, student):
             logits = apply(fit(params, bucket, stretch), part["video"], key)
@@ -239,9 +239,9 @@ class TrainStep:
 
         self.trunk = train_step
         self._teacher = find_teacher(stretch, config.model)
-        self._view = jax.jit(
-            lambda video, b: distill.view(video, b.frames, b.height, b.width, ends),
-            static_argnums=1,
+        self._views = jax.jit(
+            distill.views,
+            static_argnums=(1, 2),
             **({"out_shardings": NamedSharding(mesh, sharding.BATCH)} if mesh else {}),
         )
 
@@ -260,32 +260,32 @@ class TrainStep:
 
         Returns:
           Those that run one after the other: mixer (if clips are mixed), stem and trunk; under
-          `stretch.distill` also view and student, what makes the student's video and its stem.
+          `stretch.distill` also views, which makes both clips, and student, the stem of the second.
           Buckets share a trunk where projected bucket and batch size are the same.
         """
-        programs, loaded = {}, self._teacher or bucket
+        programs, teacher = {}, self._teacher
 
         def clips(shape, dtype):
             return clip_shapes((batch_size, *shape), dtype, self._mesh)
 
         label, mask = clips((), jnp.int32), clips((), jnp.float32)
         arrays = {"label": label, "mask": mask}
-        video = clips(loaded.shape, jnp.uint8)
+        video = clips((loaded_bucket(teacher, bucket) if teacher else bucket).shape, jnp.uint8)
         if self.mixer:
             key, step = ("mixer", video.shape), self.state["step"]
             programs["mixer"] = self._programs.get(key, self.mixer.function, video, mask, step)
             arrays["weight"] = mask
-        trunk = [self.stem.projected(loaded)]
-        key = "stem", loaded, batch_size
-        programs["stem"] = self._programs.get(key, self.stem.project, video, loaded)
-        arrays["video"] = clips(trunk[0].shape, jnp.float32)
-        if self._teacher:
-            trunk.append(self.stem.projected(bucket))
-            key, small = ("view", bucket, batch_size), clips(bucket.shape, jnp.uint8)
-            programs["view"] = self._programs.get(key, self._view, video, bucket)
-            key = "stem", bucket, batch_size
-            programs["student"] = self._programs.get(key, self.stem.project, small, bucket)
-            arrays["student"] = clips(trunk[1].shape, jnp.float32)
+        stems = {"stem": ("video", bucket)}
+        if teacher:
+            stems = {"stem": ("video", teacher), "student": ("student", bucket)}
+            key = "views", bucket, batch_size
+            programs["views"] = self._programs.get(key, self._views, video, teacher, bucket)
+        trunk = []
+        for name, (array, of) in stems.items():
+            key, small = ("stem", of, batch_size), clips(of.shape, jnp.uint8)
+            programs[name] = self._programs.get(key, self.stem.project, small, of)
+            trunk.append(self.stem.projected(of))
+            arrays[array] = clips(trunk[-1].shape, jnp.float32)
         key = "trunk", *trunk, batch_size
         programs["trunk"] = self._programs.get(key, self.trunk, self.state, arrays, *trunk)
         self._plans[bucket, batch_size] = programs
@@ -298,8 +298,8 @@ class TrainStep:
           state: see `init_state`; its buffers are donated.
           batch: video uint8 (B, T, H, W, 3), label int32 (B,), mask float32 (B,); on a mesh as
             `sharding.place` gives them.
-          bucket: the batch's scale; under `stretch.distill` the student's, the video having the
-            teacher's.
+          bucket: the batch's scale; under `stretch.distill` the student's, the video being of the
+            `buckets.loaded_bucket`.
 
         Returns:
           (state, metrics): metrics are scalars: loss, top1 (0 to 1, by the clips' own labels, mixed
@@ -317,9 +317,10 @@ class TrainStep:
         arrays = {"label": batch["label"], "mask": batch["mask"]}
         if self.mixer:
             video, arrays["weight"] = programs["mixer"].run(video, batch["mask"], state["step"])
-        arrays["video"] = programs["stem"].run(video)
         if self._teacher:
-            arrays["student"] = programs["student"].run(programs["view"].run(video))
+            video, student = programs["views"].run(video)
+            arrays["student"] = programs["student"].run(student)
+        arrays["video"] = programs["stem"].run(video)
         return programs["trunk"].run(state, arrays)
 
 

@@ -23,7 +23,7 @@ import time
 import cv2
 import numpy as np
 
-from stretchysnake_jax.buckets import Bucket, Schedule, make_batch_sizes, training_buckets
+from stretchysnake_jax.buckets import Bucket, Schedule, make_batch_sizes, make_schedule
 from stretchysnake_jax.clock import Progress
 from stretchysnake_jax.config import Config, ConfigError, DataConfig, resolve
 from stretchysnake_jax.data import area_resize, augment, datasets, decode, pipeline, readers
@@ -117,22 +117,22 @@ def measure_loader(data: DataConfig, clips: ClipList, bucket: Bucket, samples: i
         return done / (time.perf_counter() - start)
 
 
-def make_buckets(config: Config | None) -> tuple[Bucket, ...]:
-    """The scales to measure: those of the config's training."""
+def make_loads(config: Config | None, data: DataConfig) -> list[tuple[Bucket, int]]:
+    """What is measured, without doubles: (scale, samples of a batch), as a run of `config` loads
+    them."""
     if config is None:
-        return BUCKETS
-    return tuple(bucket for bucket, _ in training_buckets(config.stretch, config.model))
+        return [(bucket, data.batch_size) for bucket in BUCKETS]
+    schedule = make_schedule(config.stretch, config.model, 0, 0)
+    sizes = make_batch_sizes(dataclasses.replace(config, data=data), schedule.buckets)
+    return list(dict.fromkeys(zip(schedule.loaded.buckets, sizes, strict=True)))
 
 
 def bench_loader(config: Config | None, data: DataConfig, clips, quick: bool, progress) -> list:
     """A row per bucket: clips per second, milliseconds per stage, the bottleneck."""
-    buckets, sizes = make_buckets(config), (data.batch_size,) * len(BUCKETS)
-    if config:
-        sizes = make_batch_sizes(dataclasses.replace(config, data=data), buckets)
-    rows, clips = [], lengthen(clips)
+    loads, rows, clips = make_loads(config, data), [], lengthen(clips)
     samples = min(16 if quick else 64, 4 * len(clips))
-    for bucket, size in zip(buckets, sizes, strict=True):
-        progress.show(f"loader: {bucket}, {len(rows) + 1} of {len(buckets)}", force=True)
+    for bucket, size in loads:
+        progress.show(f"loader: {bucket}, {len(rows) + 1} of {len(loads)}", force=True)
         here = dataclasses.replace(data, batch_size=size)
         stages = measure_stages(here, clips, bucket, max(size, samples))
         worst = max(stages, key=stages.get)
@@ -400,8 +400,7 @@ def main(argv: list[str]) -> int:
     loader = bench_loader(config, data, clips, options.quick, progress)
     print(loader_text(loader, data))
     print(f"frames are shrunk by {_shrinker()}")
-    sizes = tuple(row["batch_size"] for row in loader)
-    bound = pipeline.memory_bound(data, make_buckets(config), sizes)
+    bound = pipeline.memory_bound(data, *zip(*make_loads(config, data), strict=True))
     print(f"\nMemory of the loader: {bound / _GIB:.2f} GiB at most for videos of 1920x1080:")
     print(inspect.getdoc(pipeline.memory_bound).split("\n\n")[1])
     found, lacking = find_readers()

@@ -99,6 +99,8 @@ class LoadBatch:
       buckets: the scales that the plan's bucket indices mean.
       seed: of the random frames and augmentations; None: evaluation, nothing is random.
       views: evaluation only, test clips and test crops of every clip.
+      first: training only: so many frames of a bucket with more are sampled for themselves, and the
+        rest behind them too, see `buckets.loaded_bucket`; 0: all are sampled together.
     """
 
     config: DataConfig
@@ -106,6 +108,7 @@ class LoadBatch:
     buckets: tuple[Bucket, ...]
     seed: int | None
     views: tuple[int, int] = (1, 1)
+    first: int = 0
 
     def __post_init__(self):
         self.config = resolve(self.config)
@@ -149,11 +152,21 @@ class LoadBatch:
         copies = [self._draw_augmentation(bucket, int(row)) for row in rows]
         first = int(rows[0]) // self.config.repeats
 
+        counts = [bucket.frames]
+        if 0 < self.first < bucket.frames:
+            counts = [self.first, bucket.frames - self.first]
+        order = None  # of the frames read, which come sorted
+
         def choose(n):  # starts its generator anew: a second call must draw the same numbers
+            nonlocal order
             rng = sample_rng(self.seed, first, _STREAMS["frames"])
-            return self._choose(n, bucket, rng=rng)
+            found = np.concatenate([self._choose(n, count, rng=rng) for count in counts])
+            order = np.argsort(found, kind="stable")
+            return found[order]
 
         video = self._read(clip, choose, copies[0] if len(copies) == 1 else _Copies(copies))
+        if len(counts) > 1:
+            video = video[np.argsort(order)]
         video = video.reshape(bucket.frames, len(copies), bucket.height, bucket.width, 3)
         for copy, frames in zip(copies, video.swapaxes(0, 1), strict=True):
             copy.finish(frames)
@@ -165,7 +178,7 @@ class LoadBatch:
         view, crop = divmod(int(rows[0]) % (clips * crops), crops)
         size, mode = (bucket.height, bucket.width), self.config.resize
         geometry = transforms.eval_geometry(*size, mode, crop, crops)
-        choose = functools.partial(self._choose, bucket=bucket, view=view, views=clips)
+        choose = functools.partial(self._choose, frames=bucket.frames, view=view, views=clips)
         return self._read(clip, choose, geometry)[None]
 
     def _draw_augmentation(self, bucket, row):
@@ -175,9 +188,9 @@ class LoadBatch:
         size = bucket.height, bucket.width
         return augment.draw(self.config, *size, self.clips.flip, rngs)
 
-    def _choose(self, n, bucket, **which):
+    def _choose(self, n, frames, **which):
         config = self.config
-        return sampling.choose(config.sampling, n, bucket.frames, stride=config.stride, **which)
+        return sampling.choose(config.sampling, n, frames, stride=config.stride, **which)
 
     def _read(self, clip, choose, transform):
         window, index = self.clips.window(clip), self.clips.index
@@ -262,6 +275,7 @@ def train_batches(
       config: batch size, sampling, transforms and loader.
       clips: the training list.
       schedule: the bucket of every step; its batch sizes, if it has some, go before the config's.
+        With a teacher it is the `Schedule.loaded` one.
       seed: of order, frames, crops and flips; >= 0.
       start_step: the first step wanted.
       shard_index, shard_count: this host and the number of hosts; every host gets its rows of the
@@ -289,7 +303,9 @@ def train_batches(
         raise ValueError(f"start_step {start_step} is outside 0..{len(schedule.which)}")
     shard = shard_index, shard_count
     plan = Plan(len(clips), schedule.which, sizes, seed, *shard, config.repeats)
-    return _load(config, plan, LoadBatch(config, clips, schedule.buckets, seed), start_step)
+    first = schedule.teacher.frames if schedule.teacher else 0
+    load = LoadBatch(config, clips, schedule.buckets, seed, first=first)
+    return _load(config, plan, load, start_step)
 
 
 def eval_batches(
