@@ -104,8 +104,8 @@ class Pool:
             self._running[cell] = process, place, wanted
             pending.remove(cell)
 
-    def take_finished(self) -> list[tuple[Cell, list[dict] | None]]:
-        """The cells that ended since the last call, with their rows; None: it failed."""
+    def take_finished(self) -> list[tuple[Cell, list[dict] | str]]:
+        """The cells that ended since the last call, with their rows, or why there are none."""
         found = []
         for cell, (process, place, _) in list(self._running.items()):
             if process.is_alive():
@@ -113,11 +113,13 @@ class Pool:
             process.join()
             del self._running[cell]
             self._free.append(place)
-            out, rows = self.file(cell, ".json"), None
-            if process.exitcode == 0 and out.exists():
-                rows = json.loads(out.read_text())
+            out, code = self.file(cell, ".json"), process.exitcode
+            how = f"signal {-code} ended it after: " if code < 0 else f"exit status {code}: "
+            result = f"{how}{self.last_line(cell)} (log: {self.file(cell, '.log')})"
+            if code == 0 and out.exists():
+                result = json.loads(out.read_text())
                 out.unlink()
-            found.append((cell, rows))
+            found.append((cell, result))
         return found
 
     def stop(self) -> None:
@@ -147,10 +149,9 @@ def run_cells(cells: list[Cell], table: Table, study: Study, progress: Progress)
             time.sleep(0.3)
             for cell, rows in pool.take_finished():
                 count += 1
-                if rows is None:
+                if isinstance(rows, str):
                     failed.append(cell)
-                    text = pool.last_line(cell)
-                    progress.say(f"failed: {cell.key}: {text} (log: {pool.file(cell, '.log')})")
+                    progress.say(f"failed: {cell.key}: {rows}")
                     continue
                 table.add(rows)
                 took = f"{rows[0]['minutes']:.1f} of {cell.minutes:g} minutes"
@@ -295,11 +296,11 @@ def main(argv: list[str]) -> int:
             prepare_data(left, study, progress)
             failed = run_cells(left, table, study, progress)
     rows = current_rows(table, study, progress)
-    if not rows:
-        raise ConfigError(f"{table.path} has no rows: there is nothing to report")
+    if not rows and not failed:
+        raise ConfigError(f"{table.path} has no rows of this study: there is nothing to report")
     from stretchysnake_jax import study_report
 
-    for path in study_report.write(out, rows):
+    for path in study_report.write(out, rows) if rows else ():
         print(f"written: {path}")
     if failed:
         progress.say(f"{len(failed)} cells failed; the same command tries them again")

@@ -32,16 +32,17 @@ class CellFailed(RuntimeError):
 
 
 def train_once(config: Config, workdir: pathlib.Path, progress: Progress) -> None:
-    """Trains; then `workdir`/study.json says that it is done and how long it took, in minutes.
+    """Trains; then `workdir`/study.json says that it is done and what it took, in minutes of the
+    processor.
 
     Raises:
       CellFailed: a signal ended it; the next call goes on.
     """
-    start = time.perf_counter()
+    start = time.process_time()
     if status := train(config, workdir, progress):
         raise CellFailed(f"the training ended with status {status}")
     with whole_file(workdir / TRAINED) as part:
-        part.write_text(json.dumps({"minutes": (time.perf_counter() - start) / 60}) + "\n")
+        part.write_text(json.dumps({"minutes": (time.process_time() - start) / 60}) + "\n")
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -207,23 +208,28 @@ def method_rows(cell: Cell, study: Study, loaded: model.Model, data, clips, prog
     """Rows of the methods of interpolation, each on one weight, the others as trained.
 
     Whatever a model was trained as, the kernel and the temporal table are tried where the patch
-    follows the size and the grid of tokens stays; the spatial table where the patch stays.
+    follows the size and the grid of tokens stays; the spatial table where the patch stays. Places
+    of more than `MANY` tokens are left out.
     """
     step, rows = ablate.make_step(loaded.run), []
     trained = {bucket for bucket, _ in training_buckets(loaded.run.stretch, loaded.config)}
     places = study.grid
     if not study.quick:
-        places = [(t, s) for t in study_plan.METHOD_FRAMES for s in study_plan.METHOD_SIZES]
+        places = itertools.product(study_plan.METHOD_FRAMES, study_plan.METHOD_SIZES)
     groups = (("static_tokens", ("kernel", "temporal")), ("spatial", ("spatial",)))
-    counter = Counter(progress, len(places) * len(groups) * len(clips))
-    for (frames, size), (variant, weights) in itertools.product(places, groups):
-        bucket = make_bucket(variant, frames, (size, size), loaded.config)
+    found = [
+        (make_bucket(variant, frames, (size, size), loaded.config), weights)
+        for (frames, size), (variant, weights) in itertools.product(places, groups)
+    ]
+    found = [(bucket, weights) for bucket, weights in found if bucket.tokens() <= study_plan.MANY]
+    counter = Counter(progress, len(found) * len(clips))
+    for bucket, weights in found:
         pairs = [(weight, method) for weight in weights for method in study_plan.METHODS]
         given = step, loaded, clips, bucket, pairs, TEST_BATCH, (1, 1), counter
         scores, _ = ablate.evaluate_cell(*given)
         counter.next(clips)
         for (weight, method), score in zip(pairs, scores, strict=True):
-            row = place(cell, f"{weight}:{method}", frames, size, loaded.run)
+            row = place(cell, f"{weight}:{method}", bucket.frames, bucket.height, loaded.run)
             row |= {key: score[key] for key in ("top1", "loss", "clips")}
             row |= {"patch": grid.place(bucket)["patch"], "trained": bucket in trained}
             rows.append(row | {"gflops": grid.gflops(loaded.run, bucket)})
@@ -287,14 +293,15 @@ KINDS = {
 def do_cell(cell: Cell, study: Study, progress: Progress) -> list[dict]:
     """Trains what has to be trained, evaluates, and returns the rows for study.csv.
 
-    `minutes` of the rows is the whole cell, its training included whenever that was; a cell that
-    was interrupted counts from where it went on.
+    `minutes` of the rows is the processor's time, so that other work on the machine doesn't count,
+    for the whole cell, its training included whenever that was; a cell that was interrupted counts
+    from where it went on.
 
     Raises:
       CellFailed: a training was ended by a signal.
       ConfigError: a part of the study's configuration can't be run.
     """
-    chain, start = study.chain(cell), time.perf_counter()
+    chain, start = study.chain(cell), time.process_time()
     there = 0.0  # minutes of a training that another call did
     if cell.kind in ("grid", "fine") and (chain[-1][1] / TRAINED).exists():
         there = json.loads((chain[-1][1] / TRAINED).read_text())["minutes"]
@@ -303,12 +310,11 @@ def do_cell(cell: Cell, study: Study, progress: Progress) -> list[dict]:
     config, workdir = chain[-1]
     data = run.prepare(config, progress)[0].data
     loaded = model.load(workdir)
-    if cell.kind in ("zero", "followed"):
-        root = study.weizmann if cell.kind == "zero" else str(study.followed)
+    if root := study.zero_shot_clips(cell):
         clips = weizmann_clips(root, loaded.classes, progress)
     else:
         clips = load_clips(data, "test", loaded.classes, say=progress.say)
     rows = KINDS[cell.kind](cell, study, loaded, data, clips, progress)
-    minutes = there + (time.perf_counter() - start) / 60
+    minutes = there + (time.process_time() - start) / 60
     progress.say(f"cell done: {minutes:.1f} of {cell.minutes:g} minutes")
     return [row | {"minutes": minutes, "config": study.digest(cell)} for row in rows]

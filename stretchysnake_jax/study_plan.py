@@ -6,9 +6,11 @@ configs/study/ alone.
 
 import csv
 import dataclasses
+import fcntl
 import hashlib
 import json
 import operator
+import os
 import pathlib
 
 from stretchysnake_jax import run
@@ -16,8 +18,8 @@ from stretchysnake_jax.config import Config, ConfigError, StretchConfig, field_n
 from stretchysnake_jax.whole_file import whole_file
 
 FRAMES, SIZES = (2, 3, 4, 6, 8, 16), (28, 35, 56, 84, 112, 126)
-# Where every method is tried on every weight: no large sizes, where fixed patches make many tokens.
-METHOD_FRAMES, METHOD_SIZES = (3, 4, 8), (28, 56, 84)
+# Where every method is tried on every weight: neither number is one that vanilla is trained with.
+METHOD_FRAMES, METHOD_SIZES = (3, 8, 16), (28, 84, 126)
 METHODS = ("paper", "pi", "area", "bilinear", "nearest", "none")
 RETRIEVAL = ((2, 28), (4, 56), (6, 84), (8, 112))  # (frames, size) of gallery and of queries
 FOLDS = 9  # subjects of Weizmann
@@ -71,7 +73,6 @@ PARTS = {
                 "vanilla_large",
                 "spatial",
                 "static_tokens",
-                "stretchy_plus",
             )
         },
         10,
@@ -111,7 +112,12 @@ PARTS = {
     ),
     "methods": Part({"base": _PAIR}, 6, "methods", "methods tried on checkpoints of base"),
     "weizmann_zero": Part({"base": _BASE}, 4, "zero", "checkpoints of base on Weizmann"),
-    "weizmann_follow": Part({"base": _BASE}, 4, "followed", "the same, the camera on the person"),
+    "weizmann_follow": Part(
+        {"base": ("vanilla", "temporal", "static_tokens")},
+        4,
+        "followed",
+        "the same, the camera on the person",
+    ),
     "weizmann": Part(
         {"base": (*_PAIR, "static_tokens_wide", "stretchy_plus")},
         2,
@@ -181,6 +187,10 @@ class Study:
     def followed(self) -> pathlib.Path:
         """The folder of Weizmann's videos with the camera on the person."""
         return self.runs / "data" / "weizmann_followed"
+
+    def zero_shot_clips(self, cell: Cell) -> str | None:
+        """The folder of Weizmann that a cell tests on without training, if that is what it does."""
+        return {"zero": self.weizmann, "followed": str(self.followed)}.get(cell.kind)
 
     @property
     def grid(self) -> list[tuple[int, int]]:
@@ -303,6 +313,8 @@ def cell_of(row: dict) -> Cell:
 class Table:
     """The rows of finished cells in a CSV file, which is whole after every `add`.
 
+    Several studies may add to one file.
+
     Args:
       path: of the file; it need not be there.
 
@@ -312,34 +324,44 @@ class Table:
 
     def __init__(self, path: pathlib.Path):
         self.path, self.rows = path, []
-        if not path.exists():
+        self._read()
+
+    def _read(self) -> None:
+        if not self.path.exists():
             return
-        with path.open(newline="") as file:
+        with self.path.open(newline="") as file:
             table = csv.DictReader(file)
             if table.fieldnames != list(COLUMNS):
-                raise ConfigError(f"{path} has the columns {table.fieldnames}: it takes "
+                raise ConfigError(f"{self.path} has the columns {table.fieldnames}: it takes "
                                   f"{', '.join(COLUMNS)}")  # fmt: skip
+            rows = []
             for number, row in enumerate(table, 2):
                 try:
-                    values = {k: COLUMNS[k](v) if v else None for k, v in row.items()}
+                    rows.append({k: COLUMNS[k](v) if v else None for k, v in row.items()})
                 except (KeyError, ValueError, TypeError) as error:
-                    raise ConfigError(f"{path}, line {number}, can't be read: {error}") from error
-                self.rows.append(values)
+                    place = f"{self.path}, line {number}"
+                    raise ConfigError(f"{place}, can't be read: {error}") from error
+        self.rows = rows
 
     def done(self) -> dict[Cell, str]:
         """The finished cells, with the digest of their configurations."""
         return {cell_of(row): row["config"] for row in self.rows}
 
     def add(self, rows: list[dict]) -> None:
-        """Adds the rows of one cell in place of those that it had."""
-        cell = cell_of(rows[0])
-        self.rows = [row for row in self.rows if cell_of(row) != cell]
-        self.rows += [dict.fromkeys(COLUMNS) | row for row in rows]
-        with whole_file(self.path) as part, part.open("w", newline="") as file:
-            table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            table.writeheader()
-            for row in self.rows:
-                table.writerow({k: _text(v) for k, v in row.items()})
+        """Adds the rows of one cell in place of those that it had, and those that others added."""
+        cell, folder = cell_of(rows[0]), os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            self._read()
+            self.rows = [row for row in self.rows if cell_of(row) != cell]
+            self.rows += [dict.fromkeys(COLUMNS) | row for row in rows]
+            with whole_file(self.path) as part, part.open("w", newline="") as file:
+                table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                table.writeheader()
+                for row in self.rows:
+                    table.writerow({k: _text(v) for k, v in row.items()})
+        finally:
+            os.close(folder)
 
 
 def _text(value):

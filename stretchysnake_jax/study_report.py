@@ -227,23 +227,32 @@ def _scale(at) -> str:
 
 
 def method_lines(rows: list[dict]) -> list[dict]:
-    """Mean top-1 of every (model, weight, method) over all cells and over those not trained on."""
-    groups = {}
+    """Mean top-1 of every (model, weight, method) over the cells in which the weight is resized,
+    which are those in which not all methods give the same loss, and over those not trained on."""
+    rows = [row for row in rows if PARTS[row["part"]].kind == "methods"]
+    losses, groups = {}, {}
     for row in rows:
-        if PARTS[row["part"]].kind == "methods" and row["top1"] is not None:
+        losses.setdefault(_resizing(row), set()).add(row["loss"])
+    for row in rows:
+        if len(losses[_resizing(row)]) > 1:
             seeds = groups.setdefault((row["model"], *row["test"].split(":")), {})
             seeds.setdefault(row["seed"], []).append(row)
     found = []
     for (model, weight, method), seeds in groups.items():
         every = [100 * np.mean([r["top1"] for r in own]) for own in seeds.values()]
-        unseen = [
-            100 * np.mean([r["top1"] for r in own if not r["trained"]]) for own in seeds.values()
-        ]
+        new = [[r["top1"] for r in own if not r["trained"]] for own in seeds.values()]
+        unseen = [100 * np.mean(values) if values else math.nan for values in new]
         row = {"model": model, "weight": weight, "method": method, "seeds": len(seeds)}
-        for name, values in (("all", every), ("unseen", unseen)):
+        for name, values in (("resized", every), ("unseen", unseen)):
             row[name], row[f"{name}_half"] = interval(values)
         found.append(row)
     return found
+
+
+def _resizing(row: dict) -> tuple:
+    """What all methods are tried on: a weight of a checkpoint at a place."""
+    weight = row["test"].split(":")[0]
+    return row["model"], row["seed"], weight, row["frames"], row["size"]
 
 
 def retrieval_lines(rows: list[dict]) -> list[dict]:
@@ -300,9 +309,10 @@ def write(out: pathlib.Path, rows: list[dict]) -> list[pathlib.Path]:
     if found := method_lines(rows):
         tables["methods"] = found
         text += ["## Methods tried on checkpoints of base, one weight at a time", ""]
-        head = ["model", "weight", "method", "all cells", "cells not trained on", "seeds"]
+        head = ["model", "weight", "method", "cells where it is resized", "and not trained on",
+                "seeds"]  # fmt: skip
         text += [markdown(head, [
-            [r["model"], r["weight"], r["method"], text_of(r["all"], r["all_half"]),
+            [r["model"], r["weight"], r["method"], text_of(r["resized"], r["resized_half"]),
              text_of(r["unseen"], r["unseen_half"]), str(r["seeds"])] for r in found
         ]), ""]  # fmt: skip
     if found := retrieval_lines(rows):

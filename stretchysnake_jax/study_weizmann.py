@@ -12,6 +12,8 @@ import numpy as np
 
 from stretchysnake_jax.clock import Progress
 from stretchysnake_jax.config import ConfigError
+from stretchysnake_jax.data import decode
+from stretchysnake_jax.data.video_file import write_video
 
 # People are 65 to 75 pixels tall and stand on about row 115. In these rows they are as tall (0.65
 # of the picture) and stand as low (0.94) as the synthetic figures.
@@ -75,35 +77,21 @@ def prepare(source: str, out: pathlib.Path, progress: Progress) -> None:
     What is there already is kept.
 
     Raises:
-      ConfigError: a video can't be read, is too small, or can't be written.
+      UnreadableVideo: a video can't be read.
+      ConfigError: it is too small.
+      OSError: it can't be written.
     """
     paths = sorted(path for path in pathlib.Path(source).rglob("*") if path.suffix == ".avi")
     for number, path in enumerate(paths, 1):
         target = out / path.relative_to(source)
         if target.exists():
             continue
-        video = _read(path)
-        if not len(video) or video.shape[1] < TOP + SIDE:
+        video, _ = decode.read_clip(path, np.arange)
+        if video.shape[1] < TOP + SIDE:
             raise ConfigError(
-                f"{path} holds {len(video)} frames of {video.shape[1]} rows: following takes a "
-                f"video of Weizmann, at least {TOP + SIDE} rows"
+                f"{path} has {video.shape[1]} rows: following takes a video of Weizmann, at least "
+                f"{TOP + SIDE} rows"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(".tmp.avi")  # OpenCV goes by the suffix
-        codec = cv2.VideoWriter_fourcc(*"FFV1")
-        writer = cv2.VideoWriter(str(part), cv2.CAP_FFMPEG, codec, 25, (SIDE, SIDE))
-        for frame in follow(video):
-            writer.write(frame)
-        writer.release()  # a full disk shows only now
-        if len(_read(part)) != len(video):
-            raise ConfigError(f"OpenCV can't write FFV1 video to {part}: is the disk full?")
-        part.replace(target)
+        write_video(target, follow(video), 25, "FFV1")
         progress.show(f"following: {number}/{len(paths)} videos of Weizmann")
-
-
-def _read(path: pathlib.Path) -> np.ndarray:
-    """All frames, BGR; none of what is no video."""
-    capture, frames = cv2.VideoCapture(str(path)), []
-    while (read := capture.read())[0]:
-        frames.append(read[1])
-    return np.stack(frames) if frames else np.zeros((0, 0, 0, 3), np.uint8)

@@ -26,6 +26,7 @@ import numpy as np
 from stretchysnake_jax.config import SPLITS
 from stretchysnake_jax.data import stick_motion
 from stretchysnake_jax.data.stick_motion import CLASSES, LEVELS, classes
+from stretchysnake_jax.data.video_file import write_video
 
 FPS = 25
 FRAMES = (36, 64)  # shortest and longest clip
@@ -234,18 +235,8 @@ def _write_text(path: Path, text: str):
 
 
 def _write_clip(path: str, size: int, key: tuple, settings: dict):
-    """Render clip `key` into `path`; a clip is there as a whole or not at all."""
-    clip = render_clip(*key, size=size, **settings)
-    temporary = path.removesuffix(".mp4") + ".tmp.mp4"
-    codec = cv2.VideoWriter_fourcc(*"mp4v")
-    writer = cv2.VideoWriter(temporary, cv2.CAP_FFMPEG, codec, FPS, (size, size))
-    written = writer.isOpened() and all(
-        writer.write(frame[..., ::-1].copy()) is not False for frame in clip
-    )
-    writer.release()  # a full disk shows only now, as a file without its index
-    if not written or cv2.VideoCapture(temporary).get(cv2.CAP_PROP_FRAME_COUNT) != len(clip):
-        raise OSError(f"OpenCV can't write mp4v video to {temporary}: is the disk full?")
-    os.replace(temporary, path)
+    """Render clip `key` into `path`."""
+    write_video(path, render_clip(*key, size=size, **settings), FPS)
 
 
 def _render_all(jobs: list, workers: int):
