@@ -28,9 +28,10 @@ from stretchysnake_jax.worker import share_cores
 
 def work(cell: Cell, study: Study, cores: set[int], log, out) -> None:
     """The process of one cell; its words go to the file `log`, its rows to the file `out`."""
-    threading.Thread(target=leave_with_parent, daemon=True).start()
 
     def job(progress):
+        # Not before the job: threads would have memory of their own, see `configure_cpu`.
+        threading.Thread(target=leave_with_parent, daemon=True).start()
         import jax
 
         from stretchysnake_jax import study_cell

@@ -73,6 +73,7 @@ PARTS = {
                 "vanilla_large",
                 "spatial",
                 "static_tokens",
+                "stretchy_plus",
             )
         },
         10,

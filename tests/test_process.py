@@ -55,6 +55,17 @@ def test_says_that_it_came_too_late():
     assert out.startswith("True False None False\nJAX had already started its backend")
 
 
+@pytest.mark.skipif(not LINUX_GLIBC, reason="the allocator is tuned on Linux with glibc alone")
+def test_says_that_threads_came_first():
+    out = in_fresh_process(
+        "import threading\n"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "print(*configure_cpu().notes)"
+    )
+    assert "Other threads run already" in out
+    assert "threads" not in in_fresh_process("print(*configure_cpu().notes)")
+
+
 @pytest.mark.parametrize(
     "flag", ["--xla_cpu_prefer_vector_width=128", "--xla_cpu_enable_fast_math=false"]
 )
