@@ -236,17 +236,6 @@ def find_teacher(stretch: StretchConfig, model: ModelConfig) -> Bucket | None:
     return max(found, key=lambda b: (b.frames * b.height * b.width, b.tokens(model.tubelet)))
 
 
-def loaded_bucket(teacher: Bucket, student: Bucket) -> Bucket:
-    """What a step of self-distillation loads, as a bucket of the teacher's size and patch.
-
-    Its frames are the teacher's, and behind them the student's, each sampled for themselves: few of
-    the teacher's frames would not lie as frames do that were sampled for so many. A student of as
-    many frames has the teacher's.
-    """
-    more = student.frames if student.frames < teacher.frames else 0
-    return dataclasses.replace(teacher, frames=teacher.frames + more)
-
-
 def _drawn(stretch: StretchConfig, model: ModelConfig) -> list[tuple[Bucket, float]]:
     """The buckets that steps draw from, all but the teacher, with their relative chances."""
     teacher = find_teacher(stretch, model)
@@ -268,14 +257,6 @@ class Schedule:
     which: np.ndarray
     batch_sizes: tuple[int, ...] = ()
     teacher: Bucket | None = None
-
-    @property
-    def loaded(self) -> "Schedule":
-        """The schedule for the loader: of every step the `loaded_bucket`, if there is a teacher."""
-        if self.teacher is None:
-            return self
-        found = tuple(loaded_bucket(self.teacher, bucket) for bucket in self.buckets)
-        return dataclasses.replace(self, buckets=found)
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Scale self-distillation: the largest scale of a run teaches the one drawn in the same step.
 
-Every batch is loaded at the largest scale, the teacher's, and with it the frames of the bucket that
-was drawn, the student's, which `views` shrinks on the device. One set of weights learns both:
+Every batch is loaded at the largest scale, the teacher's. The student sees the same clips at the
+bucket that was drawn, cut down from it on the device by `view`. One set of weights learns both:
 
     loss = CE(teacher) + CE(student) + weight * T^2 * KL(stop_gradient(p_teacher) || p_student)
 
@@ -13,8 +13,6 @@ nearest relatives train a network's widths so (the sandwich rule, arXiv 1903.051
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from stretchysnake_jax.buckets import Bucket, loaded_bucket
 
 
 def area_weights(given: int, wanted: int) -> np.ndarray:
@@ -29,35 +27,31 @@ def area_weights(given: int, wanted: int) -> np.ndarray:
     return (np.clip(shared, 0, None) / side).astype(np.float32)
 
 
-def views(video, teacher: Bucket, student: Bucket):
-    """The two clips that a step learns from.
+def view(video, frames, height: int, width: int):
+    """The student's view of clips: some of the frames, fewer pixels.
 
     Args:
-      video: (B, T, H, W, 3) of the `buckets.loaded_bucket`, uint8 or float.
-      teacher, student: their scales; no side of the student's is larger.
+      video: (B, T, H, W, 3), uint8 or float.
+      frames: the indices of every clip's, int (B, t), see `sampling.thin`.
+      height, width: of the view; not above those of `video`.
 
     Returns:
-      The teacher's clips and the student's, (B, frames, height, width, 3) each, of the same dtype;
-      the student's are averaged by area, uint8 is rounded.
+      (B, t, height, width, 3) of the same dtype, averaged by area; uint8 is rounded.
 
     Raises:
-      ValueError: the student is larger, or the video isn't of these scales.
+      ValueError: the view is larger than the video.
     """
-    pairs = zip(student.shape, teacher.shape, strict=True)
-    if any(more > side for more, side in pairs):
-        raise ValueError(f"a student at {student} should be no larger than its teacher, {teacher}")
-    loaded = loaded_bucket(teacher, student)
-    if video.shape[1:] != loaded.shape:
-        raise ValueError(f"clips of {video.shape[1:]}: {teacher} and {student} take {loaded.shape}")
-    first, last = video[:, : teacher.frames], video[:, -student.frames :]
-    small = last.astype(jnp.float32)
+    wanted, sizes = (frames.shape[1], height, width), video.shape[1:4]
+    if any(more > size for more, size in zip(wanted, sizes, strict=True)):
+        raise ValueError(f"a view of {wanted} (frames, height, width) is larger than {sizes}")
+    small = jnp.take_along_axis(video, frames[:, :, None, None, None], 1).astype(jnp.float32)
     for axis, spec in ((1, "oh,bthwc->btowc"), (2, "ow,bthwc->bthoc")):
-        given, wanted = loaded.shape[axis], student.shape[axis]
-        if wanted < given:
-            small = jnp.einsum(spec, area_weights(given, wanted), small, precision="highest")
+        if wanted[axis] < sizes[axis]:
+            weights = area_weights(sizes[axis], wanted[axis])
+            small = jnp.einsum(spec, weights, small, precision="highest")
     if jnp.issubdtype(video.dtype, jnp.integer):
         small = jnp.round(small)
-    return first, small.astype(video.dtype)
+    return small.astype(video.dtype)
 
 
 def divergence(teacher, student, temperature: float = 1.0):

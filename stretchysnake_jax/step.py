@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from stretchysnake_jax import distill, mix, models, optim, sharding
-from stretchysnake_jax.buckets import Bucket, find_teacher, loaded_bucket
+from stretchysnake_jax.buckets import Bucket, find_teacher
 from stretchysnake_jax.compile import Program, Programs, compile_program
 from stretchysnake_jax.config import Config, ModelConfig, StretchConfig, resolve
 from stretchysnake_jax.interpolation import (
@@ -239,9 +239,9 @@ class TrainStep:
 
         self.trunk = train_step
         self._teacher = find_teacher(stretch, config.model)
-        self._views = jax.jit(
-            distill.views,
-            static_argnums=(1, 2),
+        self._view = jax.jit(
+            distill.view,
+            static_argnums=(2, 3),
             **({"out_shardings": NamedSharding(mesh, sharding.BATCH)} if mesh else {}),
         )
 
@@ -260,7 +260,7 @@ class TrainStep:
 
         Returns:
           Those that run one after the other: mixer (if clips are mixed), stem and trunk; under
-          `stretch.distill` also views, which makes both clips, and student, the stem of the second.
+          `stretch.distill` also view and student, what makes the student's video and its stem.
           Buckets share a trunk where projected bucket and batch size are the same.
         """
         programs, teacher = {}, self._teacher
@@ -270,7 +270,7 @@ class TrainStep:
 
         label, mask = clips((), jnp.int32), clips((), jnp.float32)
         arrays = {"label": label, "mask": mask}
-        video = clips((loaded_bucket(teacher, bucket) if teacher else bucket).shape, jnp.uint8)
+        video = clips((teacher or bucket).shape, jnp.uint8)
         if self.mixer:
             key, step = ("mixer", video.shape), self.state["step"]
             programs["mixer"] = self._programs.get(key, self.mixer.function, video, mask, step)
@@ -278,8 +278,9 @@ class TrainStep:
         stems = {"stem": ("video", bucket)}
         if teacher:
             stems = {"stem": ("video", teacher), "student": ("student", bucket)}
-            key = "views", bucket, batch_size
-            programs["views"] = self._programs.get(key, self._views, video, teacher, bucket)
+            key, frames = ("view", bucket, batch_size), clips((bucket.frames,), jnp.int32)
+            size = bucket.height, bucket.width
+            programs["view"] = self._programs.get(key, self._view, video, frames, *size)
         trunk = []
         for name, (array, of) in stems.items():
             key, small = ("stem", of, batch_size), clips(of.shape, jnp.uint8)
@@ -296,10 +297,10 @@ class TrainStep:
 
         Args:
           state: see `init_state`; its buffers are donated.
-          batch: video uint8 (B, T, H, W, 3), label int32 (B,), mask float32 (B,); on a mesh as
-            `sharding.place` gives them.
-          bucket: the batch's scale; under `stretch.distill` the student's, the video being of the
-            `buckets.loaded_bucket`.
+          batch: video uint8 (B, T, H, W, 3), label int32 (B,), mask float32 (B,), and under
+            `stretch.distill`, where the video has the teacher's scale, frames int32 (B, t), the
+            student's; on a mesh as `sharding.place` gives them.
+          bucket: the batch's scale; under `stretch.distill` the student's.
 
         Returns:
           (state, metrics): metrics are scalars: loss, top1 (0 to 1, by the clips' own labels, mixed
@@ -318,7 +319,7 @@ class TrainStep:
         if self.mixer:
             video, arrays["weight"] = programs["mixer"].run(video, batch["mask"], state["step"])
         if self._teacher:
-            video, student = programs["views"].run(video)
+            student = programs["view"].run(video, batch["frames"])
             arrays["student"] = programs["student"].run(student)
         arrays["video"] = programs["stem"].run(video)
         return programs["trunk"].run(state, arrays)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from stretchysnake_jax import distill
-from stretchysnake_jax.buckets import Bucket, loaded_bucket
 from stretchysnake_jax.data import transforms
 
 RNG = np.random.default_rng(0)
@@ -25,40 +24,35 @@ def test_area_weights_share_out_every_pixel(given, wanted):
 @pytest.mark.parametrize("height, width", [(98, 98), (28, 56), (126, 70), (14, 112)])
 def test_pixels_are_averaged_as_the_loader_does_it(height, width):
     frame = RNG.integers(0, 256, (126, 112, 3), np.uint8)
-    scales = Bucket(1, 126, 112, (14, 14)), Bucket(1, height, width, (7, 7))
-    _, got = distill.views(jnp.asarray(frame)[None, None], *scales)
+    first = np.zeros((1, 1), np.int32)
+    got = distill.view(jnp.asarray(frame)[None, None], first, height, width)
     assert got.dtype == jnp.uint8 and got.shape == (1, 1, height, width, 3)
     wanted = transforms.resize(frame, height, width)
     difference = np.abs(np.asarray(got[0, 0], int) - wanted)
     assert difference.max() <= 1 and (difference > 0).mean() < 0.02  # ties are rounded apart
     exact = cv2.resize(frame.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
-    _, floats = distill.views(jnp.asarray(frame, jnp.float32)[None, None], *scales)
+    floats = distill.view(jnp.asarray(frame, jnp.float32)[None, None], first, height, width)
     np.testing.assert_allclose(floats[0, 0], exact, atol=2e-3)
 
 
-@pytest.mark.parametrize("frames", [1, 2, 7, 8])
-def test_the_teacher_has_the_first_frames_and_the_student_the_last(frames):
-    teacher, student = Bucket(8, 12, 18, (4, 6)), Bucket(frames, 6, 9, (2, 3))
-    loaded = loaded_bucket(teacher, student)
-    assert loaded.frames == (8 if frames == 8 else 8 + frames) and loaded.patch == (4, 6)
-    video = RNG.integers(0, 256, (3, *loaded.shape), np.uint8)
-    first, last = distill.views(jnp.asarray(video), teacher, student)
-    np.testing.assert_array_equal(first, video[:, :8])
-    parts = video[:, -frames:].astype(float).reshape(3, frames, 6, 2, 9, 2, 3)
-    assert last.shape == (3, *student.shape)
-    assert np.abs(np.asarray(last) - parts.mean((3, 5))).max() <= 0.5
-    jitted = jax.jit(distill.views, static_argnums=(1, 2))(video, teacher, student)
-    np.testing.assert_array_equal(jitted[1], last)
+def test_a_view_takes_frames_then_pixels_and_clips_stay_apart():
+    video = RNG.integers(0, 256, (3, 8, 12, 18, 3), np.uint8)
+    frames = np.array([[2, 6], [0, 7], [3, 3]], np.int32)
+    got = np.asarray(distill.view(jnp.asarray(video), frames, 6, 9))
+    taken = np.stack([clip[own] for clip, own in zip(video, frames, strict=True)])
+    taken = taken.astype(float).reshape(3, 2, 6, 2, 9, 2, 3).mean((3, 5))
+    assert got.shape == (3, 2, 6, 9, 3) and np.abs(got - taken).max() <= 0.5
+    every = np.tile(np.arange(8, dtype=np.int32), (3, 1))
+    np.testing.assert_array_equal(distill.view(jnp.asarray(video), every, 12, 18), video)
+    jitted = jax.jit(distill.view, static_argnums=(2, 3))(video, frames, 6, 9)
+    np.testing.assert_array_equal(jitted, got)
 
 
-@pytest.mark.parametrize("scale", [(9, 12, 18), (2, 13, 18), (2, 12, 19)])
-def test_a_student_is_never_larger_than_its_teacher(scale):
-    teacher, student = Bucket(8, 12, 18, (4, 6)), Bucket(*scale, (2, 3))
-    video = jnp.zeros((1, *loaded_bucket(teacher, student).shape))
-    with pytest.raises(ValueError, match="no larger"):
-        distill.views(video, teacher, student)
-    with pytest.raises(ValueError, match=r"take \(8, 12, 18, 3\)"):
-        distill.views(jnp.zeros((1, 9, 12, 18, 3)), teacher, teacher)
+@pytest.mark.parametrize("wanted", [(9, 12, 18), (8, 13, 18), (8, 12, 19)])
+def test_a_view_is_never_larger(wanted):
+    frames = np.zeros((1, wanted[0]), np.int32)
+    with pytest.raises(ValueError, match=r"is larger than \(8, 12, 18\)"):
+        distill.view(jnp.zeros((1, 8, 12, 18, 3)), frames, *wanted[1:])
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])

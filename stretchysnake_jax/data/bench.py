@@ -124,7 +124,8 @@ def make_loads(config: Config | None, data: DataConfig) -> list[tuple[Bucket, in
         return [(bucket, data.batch_size) for bucket in BUCKETS]
     schedule = make_schedule(config.stretch, config.model, 0, 0)
     sizes = make_batch_sizes(dataclasses.replace(config, data=data), schedule.buckets)
-    return list(dict.fromkeys(zip(schedule.loaded.buckets, sizes, strict=True)))
+    found = zip(schedule.buckets, sizes, strict=True)
+    return list(dict.fromkeys((schedule.teacher or bucket, size) for bucket, size in found))
 
 
 def bench_loader(config: Config | None, data: DataConfig, clips, quick: bool, progress) -> list:

@@ -20,7 +20,7 @@ from stretchysnake_jax.data import augment, decode, sampling, source, transforms
 from stretchysnake_jax.data.index import open_counts
 from stretchysnake_jax.data.lists import ClipList
 
-_STREAMS = {"geometry": 0, "frames": 1, "colour": 2, "erase": 3}  # the random streams of a sample
+_STREAMS = {"geometry": 0, "frames": 1, "colour": 2, "erase": 3, "student": 4}  # of a sample
 
 
 class Plan:
@@ -99,8 +99,8 @@ class LoadBatch:
       buckets: the scales that the plan's bucket indices mean.
       seed: of the random frames and augmentations; None: evaluation, nothing is random.
       views: evaluation only, test clips and test crops of every clip.
-      first: training only: so many frames of a bucket with more are sampled for themselves, and the
-        rest behind them too, see `buckets.loaded_bucket`; 0: all are sampled together.
+      teacher: the scale that is loaded in place of all buckets, which then say what frames the
+        student has, see `distill`.
     """
 
     config: DataConfig
@@ -108,15 +108,14 @@ class LoadBatch:
     buckets: tuple[Bucket, ...]
     seed: int | None
     views: tuple[int, int] = (1, 1)
-    first: int = 0
+    teacher: Bucket | None = None
 
     def __post_init__(self):
         self.config = resolve(self.config)
 
     def __call__(self, element) -> dict:
         step, which, ids, rows = element
-        bucket = self.buckets[which]
-        n = len(ids)
+        bucket, n = self.teacher or self.buckets[which], len(ids)
         video = np.empty((n, bucket.frames, bucket.height, bucket.width, 3), np.uint8)
         label = np.where(ids >= 0, self.clips.labels[ids], 0).astype(np.int32)
         mask = np.zeros(n, np.float32)
@@ -129,7 +128,8 @@ class LoadBatch:
             except decode.UnreadableVideo as error:
                 unreadable += [(error.path, error.reason)] * len(same)
         video[mask == 0] = 0
-        return {
+        batch = {} if self.teacher is None else {"frames": self._draw_student(which, rows)}
+        return batch | {
             "step": step,
             "bucket": which,
             "video": video,
@@ -152,21 +152,11 @@ class LoadBatch:
         copies = [self._draw_augmentation(bucket, int(row)) for row in rows]
         first = int(rows[0]) // self.config.repeats
 
-        counts = [bucket.frames]
-        if 0 < self.first < bucket.frames:
-            counts = [self.first, bucket.frames - self.first]
-        order = None  # of the frames read, which come sorted
-
         def choose(n):  # starts its generator anew: a second call must draw the same numbers
-            nonlocal order
             rng = sample_rng(self.seed, first, _STREAMS["frames"])
-            found = np.concatenate([self._choose(n, count, rng=rng) for count in counts])
-            order = np.argsort(found, kind="stable")
-            return found[order]
+            return self._choose(n, bucket, rng=rng)
 
         video = self._read(clip, choose, copies[0] if len(copies) == 1 else _Copies(copies))
-        if len(counts) > 1:
-            video = video[np.argsort(order)]
         video = video.reshape(bucket.frames, len(copies), bucket.height, bucket.width, 3)
         for copy, frames in zip(copies, video.swapaxes(0, 1), strict=True):
             copy.finish(frames)
@@ -178,7 +168,7 @@ class LoadBatch:
         view, crop = divmod(int(rows[0]) % (clips * crops), crops)
         size, mode = (bucket.height, bucket.width), self.config.resize
         geometry = transforms.eval_geometry(*size, mode, crop, crops)
-        choose = functools.partial(self._choose, frames=bucket.frames, view=view, views=clips)
+        choose = functools.partial(self._choose, bucket=bucket, view=view, views=clips)
         return self._read(clip, choose, geometry)[None]
 
     def _draw_augmentation(self, bucket, row):
@@ -188,9 +178,15 @@ class LoadBatch:
         size = bucket.height, bucket.width
         return augment.draw(self.config, *size, self.clips.flip, rngs)
 
-    def _choose(self, n, frames, **which):
+    def _draw_student(self, which, rows):
+        """Of every sample the teacher's frames that its student sees, int32 (len(rows), frames)."""
+        counts = self.teacher.frames, self.buckets[which].frames
+        rngs = (sample_rng(self.seed, int(row), _STREAMS["student"]) for row in rows)
+        return np.stack([sampling.thin(self.config.sampling, *counts, rng) for rng in rngs])
+
+    def _choose(self, n, bucket, **which):
         config = self.config
-        return sampling.choose(config.sampling, n, frames, stride=config.stride, **which)
+        return sampling.choose(config.sampling, n, bucket.frames, stride=config.stride, **which)
 
     def _read(self, clip, choose, transform):
         window, index = self.clips.window(clip), self.clips.index
@@ -275,7 +271,6 @@ def train_batches(
       config: batch size, sampling, transforms and loader.
       clips: the training list.
       schedule: the bucket of every step; its batch sizes, if it has some, go before the config's.
-        With a teacher it is the `Schedule.loaded` one.
       seed: of order, frames, crops and flips; >= 0.
       start_step: the first step wanted.
       shard_index, shard_count: this host and the number of hosts; every host gets its rows of the
@@ -285,7 +280,9 @@ def train_batches(
       An iterator of dicts, to be closed:
         step: int, counted from 0.
         bucket: int, index into `schedule.buckets`.
-        video: uint8 (b, frames, height, width, 3), RGB; b is this host's part of the batch.
+        video: uint8 (b, frames, height, width, 3), RGB; b is this host's part of the batch. With
+          `schedule.teacher` all have that scale.
+        frames: with a teacher only, int32 (b, frames of the bucket): the student's frames of it.
         label: int32 (b,).
         mask: float32 (b,), 0 where the clip was unreadable and the video is zeros.
         clip: int32 (b,), index into the list.
@@ -303,8 +300,7 @@ def train_batches(
         raise ValueError(f"start_step {start_step} is outside 0..{len(schedule.which)}")
     shard = shard_index, shard_count
     plan = Plan(len(clips), schedule.which, sizes, seed, *shard, config.repeats)
-    first = schedule.teacher.frames if schedule.teacher else 0
-    load = LoadBatch(config, clips, schedule.buckets, seed, first=first)
+    load = LoadBatch(config, clips, schedule.buckets, seed, teacher=schedule.teacher)
     return _load(config, plan, load, start_step)
 
 
