@@ -147,6 +147,8 @@ def test_thin_spreads_frames_as_the_sampling_does(given, wanted):
     frames = np.arange(given)
     shared = np.minimum(edges + given / wanted, frames + 1) - np.maximum(edges, frames)
     chances = np.clip(shared, 0, None) * wanted / given
+    if given % wanted == 0:
+        assert (np.diff(found, axis=1) == given // wanted).all()
     drawn = (found[:, :, None] == frames).mean(0)
     assert np.abs(drawn - chances).max() < 5 * np.sqrt(0.25 / 4000)
     uniform = sampling.thin("uniform", given, wanted, rng)

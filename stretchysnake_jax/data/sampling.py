@@ -188,8 +188,8 @@ def thin(name: str, given: int, wanted: int, rng: np.random.Generator) -> np.nda
       name: one of `config.SAMPLINGS`, by which the clip was drawn.
       given: its frames.
       wanted: frames to take, at most as many.
-      rng: draws, but for "uniform", one frame of each of `wanted` equal parts; for "dense", whose
-        frames have a fixed distance, the place of `wanted` frames in a row.
+      rng: draws, but for "uniform", the place that is taken in each of `wanted` equal parts, the
+        same in all; for "dense", whose frames have a fixed distance, that of `wanted` in a row.
 
     Returns:
       Sorted indices 0..given-1, int32 (wanted,); all of them if as many are wanted.
@@ -201,7 +201,7 @@ def thin(name: str, given: int, wanted: int, rng: np.random.Generator) -> np.nda
     elif name == "dense":
         found = rng.integers(given - wanted, endpoint=True) + np.arange(wanted)
     else:
-        found = np.floor((np.arange(wanted) + rng.random(wanted)) * (given / wanted))
+        found = np.floor((np.arange(wanted) + rng.random()) * (given / wanted))
     return np.minimum(found, given - 1).astype(np.int32)
 
 
