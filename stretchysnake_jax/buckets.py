@@ -258,6 +258,13 @@ class Schedule:
     batch_sizes: tuple[int, ...] = ()
     teacher: Bucket | None = None
 
+    @property
+    def loaded(self) -> "Schedule":
+        """The schedule for the loader: the teacher's scale, if there is one, at every step."""
+        if self.teacher is None:
+            return self
+        return dataclasses.replace(self, buckets=(self.teacher,) * len(self.buckets))
+
     @functools.cached_property
     def offsets(self) -> np.ndarray:
         """How many samples come before each step, and in all: int64 (steps + 1,)."""

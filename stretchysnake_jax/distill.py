@@ -15,6 +15,28 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def frame_indices(given: int, wanted: int, sampling: str) -> np.ndarray:
+    """The teacher's frames that lie as those of a test clip of fewer frames do.
+
+    They are the same in every clip: a student whose frames were drawn from the teacher's, or from
+    the video, learned less of what few frames show (docs/study.md, the student's frames).
+
+    Args:
+      given: frames that the clip has.
+      wanted: frames to take.
+      sampling: `data.sampling`. "uniform": from the first to the last, rounded down; "dense": in a
+        row, in the middle; else the middle of equal parts, of two middle ones the first.
+
+    Returns:
+      Ascending indices, int64 (wanted,).
+    """
+    if sampling == "uniform":
+        return np.linspace(0, given - 1, wanted).astype(np.int64)
+    if sampling == "dense":
+        return (given - wanted) // 2 + np.arange(wanted)
+    return ((2 * np.arange(wanted) + 1) * given - 1) // (2 * wanted)
+
+
 def area_weights(given: int, wanted: int) -> np.ndarray:
     """The matrix (wanted, given) that averages pixels by the area they share, float32.
 
@@ -27,24 +49,29 @@ def area_weights(given: int, wanted: int) -> np.ndarray:
     return (np.clip(shared, 0, None) / side).astype(np.float32)
 
 
-def view(video, frames, height: int, width: int):
-    """The student's view of clips: some of the frames, fewer pixels.
+def view(video, frames: int, height: int, width: int, sampling: str):
+    """The student's view of clips: fewer frames, fewer pixels.
 
     Args:
       video: (B, T, H, W, 3), uint8 or float.
-      frames: the indices of every clip's, int (B, t), see `sampling.thin`.
-      height, width: of the view; not above those of `video`.
+      frames, height, width: of the view; none above those of `video`.
+      sampling: see `frame_indices`.
 
     Returns:
-      (B, t, height, width, 3) of the same dtype, averaged by area; uint8 is rounded.
+      (B, frames, height, width, 3) of the same dtype; uint8 is rounded. `video` itself if it has
+      these sizes.
 
     Raises:
       ValueError: the view is larger than the video.
     """
-    wanted, sizes = (frames.shape[1], height, width), video.shape[1:4]
+    sizes, wanted = video.shape[1:4], (frames, height, width)
     if any(more > size for more, size in zip(wanted, sizes, strict=True)):
         raise ValueError(f"a view of {wanted} (frames, height, width) is larger than {sizes}")
-    small = jnp.take_along_axis(video, frames[:, :, None, None, None], 1).astype(jnp.float32)
+    if frames < sizes[0]:
+        video = video[:, frame_indices(sizes[0], frames, sampling)]
+    if (height, width) == sizes[1:]:
+        return video
+    small = video.astype(jnp.float32)
     for axis, spec in ((1, "oh,bthwc->btowc"), (2, "ow,bthwc->bthoc")):
         if wanted[axis] < sizes[axis]:
             weights = area_weights(sizes[axis], wanted[axis])

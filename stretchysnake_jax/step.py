@@ -186,7 +186,7 @@ class TrainStep:
         apply = models.make_apply(config.model, train.dtype, mesh, train.remat, train.layers)
         optimizer = optim.make_optimizer(settings, steps)
 
-        stretch = config.stretch
+        stretch, sampling = config.stretch, resolve(config.data).sampling
 
         def loss_fn(params, part, clips, key, bucket, student):
             logits = apply(fit(params, bucket, stretch), part["video"], key)
@@ -240,8 +240,8 @@ class TrainStep:
         self.trunk = train_step
         self._teacher = find_teacher(stretch, config.model)
         self._view = jax.jit(
-            distill.view,
-            static_argnums=(2, 3),
+            lambda video, b: distill.view(video, b.frames, b.height, b.width, sampling),
+            static_argnums=1,
             **({"out_shardings": NamedSharding(mesh, sharding.BATCH)} if mesh else {}),
         )
 
@@ -263,30 +263,29 @@ class TrainStep:
           `stretch.distill` also view and student, what makes the student's video and its stem.
           Buckets share a trunk where projected bucket and batch size are the same.
         """
-        programs, teacher = {}, self._teacher
+        programs, loaded = {}, self._teacher or bucket
 
         def clips(shape, dtype):
             return clip_shapes((batch_size, *shape), dtype, self._mesh)
 
         label, mask = clips((), jnp.int32), clips((), jnp.float32)
         arrays = {"label": label, "mask": mask}
-        video = clips((teacher or bucket).shape, jnp.uint8)
+        video = clips(loaded.shape, jnp.uint8)
         if self.mixer:
             key, step = ("mixer", video.shape), self.state["step"]
             programs["mixer"] = self._programs.get(key, self.mixer.function, video, mask, step)
             arrays["weight"] = mask
-        stems = {"stem": ("video", bucket)}
-        if teacher:
-            stems = {"stem": ("video", teacher), "student": ("student", bucket)}
-            key, frames = ("view", bucket, batch_size), clips((bucket.frames,), jnp.int32)
-            size = bucket.height, bucket.width
-            programs["view"] = self._programs.get(key, self._view, video, frames, *size)
-        trunk = []
-        for name, (array, of) in stems.items():
-            key, small = ("stem", of, batch_size), clips(of.shape, jnp.uint8)
-            programs[name] = self._programs.get(key, self.stem.project, small, of)
-            trunk.append(self.stem.projected(of))
-            arrays[array] = clips(trunk[-1].shape, jnp.float32)
+        trunk = [self.stem.projected(loaded)]
+        key = "stem", loaded, batch_size
+        programs["stem"] = self._programs.get(key, self.stem.project, video, loaded)
+        arrays["video"] = clips(trunk[0].shape, jnp.float32)
+        if self._teacher:
+            trunk.append(self.stem.projected(bucket))
+            key, small = ("view", bucket, batch_size), clips(bucket.shape, jnp.uint8)
+            programs["view"] = self._programs.get(key, self._view, video, bucket)
+            key = "stem", bucket, batch_size
+            programs["student"] = self._programs.get(key, self.stem.project, small, bucket)
+            arrays["student"] = clips(trunk[1].shape, jnp.float32)
         key = "trunk", *trunk, batch_size
         programs["trunk"] = self._programs.get(key, self.trunk, self.state, arrays, *trunk)
         self._plans[bucket, batch_size] = programs
@@ -297,10 +296,10 @@ class TrainStep:
 
         Args:
           state: see `init_state`; its buffers are donated.
-          batch: video uint8 (B, T, H, W, 3), label int32 (B,), mask float32 (B,), and under
-            `stretch.distill`, where the video has the teacher's scale, frames int32 (B, t), the
-            student's; on a mesh as `sharding.place` gives them.
-          bucket: the batch's scale; under `stretch.distill` the student's.
+          batch: video uint8 (B, T, H, W, 3), label int32 (B,), mask float32 (B,); on a mesh as
+            `sharding.place` gives them.
+          bucket: the batch's scale; under `stretch.distill` the student's, the video having the
+            teacher's.
 
         Returns:
           (state, metrics): metrics are scalars: loss, top1 (0 to 1, by the clips' own labels, mixed
@@ -318,10 +317,9 @@ class TrainStep:
         arrays = {"label": batch["label"], "mask": batch["mask"]}
         if self.mixer:
             video, arrays["weight"] = programs["mixer"].run(video, batch["mask"], state["step"])
-        if self._teacher:
-            student = programs["view"].run(video, batch["frames"])
-            arrays["student"] = programs["student"].run(student)
         arrays["video"] = programs["stem"].run(video)
+        if self._teacher:
+            arrays["student"] = programs["student"].run(programs["view"].run(video))
         return programs["trunk"].run(state, arrays)
 
 

@@ -36,8 +36,7 @@ class TrainingError(RuntimeError):
 
 def on_device(batch: dict, mesh) -> dict:
     """Starts to send a batch to its devices; on a single CPU it is already where it is used."""
-    names = ("video", "frames", "label", "mask")
-    arrays = {name: batch[name] for name in names if name in batch}
+    arrays = {name: batch[name] for name in ("video", "label", "mask")}
     if mesh is not None:
         return batch | sharding.place(mesh, arrays)
     return batch if jax.default_backend() == "cpu" else batch | jax.device_put(arrays)
@@ -142,7 +141,7 @@ def train(config: Config, workdir, progress: Progress | None = None, profile=Non
     batches = pipeline.train_batches(
         config.data,
         clips,
-        schedule,
+        schedule.loaded,
         seed=cfg.seed,
         start_step=start,
         shard_index=share[0],

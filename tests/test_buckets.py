@@ -237,6 +237,8 @@ def test_the_teacher_is_the_largest_scale(variant):
     schedule = buckets.make_schedule(stretch, MIDDLE, 3000, seed=0)
     assert schedule.teacher == teacher and set(schedule.buckets) == set(every) - {teacher}
     assert set(schedule.which) == set(range(len(every) - 1))
+    assert set(schedule.loaded.buckets) == {teacher}
+    np.testing.assert_array_equal(schedule.loaded.which, schedule.which)
 
 
 def test_distillation_takes_several_scales():
@@ -244,7 +246,7 @@ def test_distillation_takes_several_scales():
     with pytest.raises(ConfigError, match=r"takes several scales, but there is only 8x98x98/7"):
         buckets.make_schedule(stretch, MIDDLE, 10, seed=0)
     plain = buckets.make_schedule(StretchConfig(), MIDDLE, 10, seed=0)
-    assert plain.teacher is None
+    assert plain.teacher is None and plain.loaded is plain
 
 
 def test_a_token_budget_counts_the_teacher():
@@ -258,7 +260,7 @@ def test_a_token_budget_counts_the_teacher():
     assert [str(b) for b in schedule.buckets] == ["8x98x98/7", "8x224x224/16", "64x98x98/7"]
     eight, long = 1 + 8 * 196, 1 + 64 * 196
     wanted = (100000 // (eight + long), 100000 // (eight + long), 100000 // (2 * long))
-    assert schedule.batch_sizes == wanted
+    assert schedule.batch_sizes == wanted == schedule.loaded.batch_sizes
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -8,9 +8,35 @@ import numpy as np
 import pytest
 
 from stretchysnake_jax import distill
-from stretchysnake_jax.data import transforms
+from stretchysnake_jax.data import sampling, transforms
 
 RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(
+    "given, wanted, name, indices",
+    [
+        (8, 2, "uniform", [0, 7]),
+        (8, 2, "sparse", [1, 5]),
+        (8, 4, "ssv2", [0, 2, 4, 6]),
+        (8, 4, "dense", [2, 3, 4, 5]),
+        (64, 8, "uniform", [0, 9, 18, 27, 36, 45, 54, 63]),
+        (64, 8, "sparse", [3, 11, 19, 27, 35, 43, 51, 59]),
+        (8, 3, "sparse", [1, 3, 6]),
+        (4, 4, "uniform", [0, 1, 2, 3]),
+        (4, 4, "sparse", [0, 1, 2, 3]),
+        (4, 4, "dense", [0, 1, 2, 3]),
+        (5, 1, "sparse", [2]),
+    ],
+)
+def test_frames_lie_as_those_of_a_test_clip(given, wanted, name, indices):
+    found = distill.frame_indices(given, wanted, name)
+    assert found.tolist() == indices
+    # In a long video the frames taken of a test clip are near those of a shorter one.
+    n, stride = 10_000, 20
+    long = sampling.choose(name, n, given, stride=stride)[found]
+    short = sampling.choose(name, n, wanted, stride=stride)
+    assert np.abs(long - short).max() <= (stride if name == "dense" else 0.51 * n / given)
 
 
 @pytest.mark.parametrize("given, wanted", [(392, 98), (224, 126), (112, 56), (12, 5), (7, 7)])
@@ -24,35 +50,31 @@ def test_area_weights_share_out_every_pixel(given, wanted):
 @pytest.mark.parametrize("height, width", [(98, 98), (28, 56), (126, 70), (14, 112)])
 def test_pixels_are_averaged_as_the_loader_does_it(height, width):
     frame = RNG.integers(0, 256, (126, 112, 3), np.uint8)
-    first = np.zeros((1, 1), np.int32)
-    got = distill.view(jnp.asarray(frame)[None, None], first, height, width)
+    got = distill.view(jnp.asarray(frame)[None, None], 1, height, width, sampling="uniform")
     assert got.dtype == jnp.uint8 and got.shape == (1, 1, height, width, 3)
     wanted = transforms.resize(frame, height, width)
     difference = np.abs(np.asarray(got[0, 0], int) - wanted)
     assert difference.max() <= 1 and (difference > 0).mean() < 0.02  # ties are rounded apart
     exact = cv2.resize(frame.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
-    floats = distill.view(jnp.asarray(frame, jnp.float32)[None, None], first, height, width)
+    floats = distill.view(jnp.asarray(frame, jnp.float32)[None, None], 1, height, width, "uniform")
     np.testing.assert_allclose(floats[0, 0], exact, atol=2e-3)
 
 
 def test_a_view_takes_frames_then_pixels_and_clips_stay_apart():
     video = RNG.integers(0, 256, (3, 8, 12, 18, 3), np.uint8)
-    frames = np.array([[2, 6], [0, 7], [3, 3]], np.int32)
-    got = np.asarray(distill.view(jnp.asarray(video), frames, 6, 9))
-    taken = np.stack([clip[own] for clip, own in zip(video, frames, strict=True)])
-    taken = taken.astype(float).reshape(3, 2, 6, 2, 9, 2, 3).mean((3, 5))
+    got = np.asarray(distill.view(jnp.asarray(video), 2, 6, 9, sampling="sparse"))
+    taken = video[:, [1, 5]].astype(float).reshape(3, 2, 6, 2, 9, 2, 3).mean((3, 5))
     assert got.shape == (3, 2, 6, 9, 3) and np.abs(got - taken).max() <= 0.5
-    every = np.tile(np.arange(8, dtype=np.int32), (3, 1))
-    np.testing.assert_array_equal(distill.view(jnp.asarray(video), every, 12, 18), video)
-    jitted = jax.jit(distill.view, static_argnums=(2, 3))(video, frames, 6, 9)
+    same = jnp.asarray(video)
+    assert distill.view(same, 8, 12, 18, sampling="uniform") is same
+    jitted = jax.jit(lambda v: distill.view(v, 2, 6, 9, "sparse"))(video)
     np.testing.assert_array_equal(jitted, got)
 
 
 @pytest.mark.parametrize("wanted", [(9, 12, 18), (8, 13, 18), (8, 12, 19)])
 def test_a_view_is_never_larger(wanted):
-    frames = np.zeros((1, wanted[0]), np.int32)
     with pytest.raises(ValueError, match=r"is larger than \(8, 12, 18\)"):
-        distill.view(jnp.zeros((1, 8, 12, 18, 3)), frames, *wanted[1:])
+        distill.view(jnp.zeros((1, 8, 12, 18, 3)), *wanted, sampling="uniform")
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])

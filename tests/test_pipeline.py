@@ -137,22 +137,6 @@ def test_frames_are_drawn_within_the_segments(clips, schedule):
     assert len(seen) > 20  # not the same frames again and again
 
 
-@pytest.mark.parametrize("change", [{}, {"repeats": 2}, {"workers": 2}])
-def test_a_student_has_some_of_the_frames_of_its_teacher(clips, schedule, change):
-    teacher, config = Bucket(8, 32, 32, (8, 8)), dataclasses.replace(CONFIG, **change)
-    taught = stream(config, clips, dataclasses.replace(schedule, teacher=teacher))
-    plain = stream(config, clips, Schedule((teacher,), np.zeros(STEPS, np.int32)))
-    for batch, other in zip(taught, plain, strict=True):
-        frames = BUCKETS[batch["bucket"]].frames
-        np.testing.assert_array_equal(batch["video"], other["video"])
-        assert batch["frames"].shape == (4, frames) and batch["frames"].dtype == np.int32
-        parts = np.arange(8).reshape(frames, -1)  # one frame of each
-        assert (batch["frames"][..., None] == parts).any(-1).all()
-        assert "frames" not in other
-    drawn = {tuple(row) for batch in taught for row in batch["frames"]}
-    assert drawn == {(0, 2, 4, 6), (1, 3, 5, 7), tuple(range(8))}
-
-
 @pytest.mark.parametrize("change", [{"threads": 1, "prefetch": 1}, {"workers": 2}])
 def test_stream_is_the_same_however_it_is_loaded(clips, schedule, change):
     want = stream(CONFIG, clips, schedule)

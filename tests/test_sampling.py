@@ -131,28 +131,3 @@ def test_uniform():
     assert sampling.uniform(12, 4).tolist() == [0, 3, 7, 11]
     assert sampling.uniform(2, 4).tolist() == [0, 0, 0, 1]
     assert sampling.uniform(5, 1).tolist() == [0]
-
-
-@pytest.mark.parametrize("given, wanted", [(8, 2), (8, 4), (8, 3), (64, 8), (5, 1), (7, 7)])
-def test_thin_spreads_frames_as_the_sampling_does(given, wanted):
-    rng = np.random.default_rng(0)
-    every = [sampling.thin("sparse", given, wanted, rng) for _ in range(4000)]
-    found = np.array(every)
-    assert found.dtype == np.int32 and (np.diff(found, axis=1) >= 0).all()
-    if wanted == given:
-        assert (found == np.arange(given)).all()
-        return
-    # The chance that a part takes a frame is the share of the part that lies in the frame.
-    edges = np.arange(wanted)[:, None] * given / wanted
-    frames = np.arange(given)
-    shared = np.minimum(edges + given / wanted, frames + 1) - np.maximum(edges, frames)
-    chances = np.clip(shared, 0, None) * wanted / given
-    if given % wanted == 0:
-        assert (np.diff(found, axis=1) == given // wanted).all()
-    drawn = (found[:, :, None] == frames).mean(0)
-    assert np.abs(drawn - chances).max() < 5 * np.sqrt(0.25 / 4000)
-    uniform = sampling.thin("uniform", given, wanted, rng)
-    np.testing.assert_array_equal(uniform, sampling.uniform(given, wanted))
-    dense = np.array([sampling.thin("dense", given, wanted, rng) for _ in range(1000)])
-    assert (np.diff(dense, axis=1) == 1).all()
-    assert set(dense[:, 0]) == set(range(given - wanted + 1))

@@ -63,8 +63,6 @@ def train(config, mesh=None):
             "mask": np.ones(16, np.float32),
         }
         batch["mask"][: 3 * len(numbers)] = 0
-        if config.stretch.distill:
-            batch["frames"] = rng.permuted(np.tile(np.arange(2, dtype=np.int32), (16, 1)), axis=1)
         if mesh is not None:
             batch = sharding.place(mesh, batch)
         state, metrics = step(state, batch, bucket)

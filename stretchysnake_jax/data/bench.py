@@ -118,14 +118,12 @@ def measure_loader(data: DataConfig, clips: ClipList, bucket: Bucket, samples: i
 
 
 def make_loads(config: Config | None, data: DataConfig) -> list[tuple[Bucket, int]]:
-    """What is measured, without doubles: (scale, samples of a batch), as a run of `config` loads
-    them."""
+    """What is measured: (scale, samples of a batch), as a run of `config` loads them."""
     if config is None:
         return [(bucket, data.batch_size) for bucket in BUCKETS]
     schedule = make_schedule(config.stretch, config.model, 0, 0)
     sizes = make_batch_sizes(dataclasses.replace(config, data=data), schedule.buckets)
-    found = zip(schedule.buckets, sizes, strict=True)
-    return list(dict.fromkeys((schedule.teacher or bucket, size) for bucket, size in found))
+    return list(dict.fromkeys(zip(schedule.loaded.buckets, sizes, strict=True)))
 
 
 def bench_loader(config: Config | None, data: DataConfig, clips, quick: bool, progress) -> list:

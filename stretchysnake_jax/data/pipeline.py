@@ -20,7 +20,7 @@ from stretchysnake_jax.data import augment, decode, sampling, source, transforms
 from stretchysnake_jax.data.index import open_counts
 from stretchysnake_jax.data.lists import ClipList
 
-_STREAMS = {"geometry": 0, "frames": 1, "colour": 2, "erase": 3, "student": 4}  # of a sample
+_STREAMS = {"geometry": 0, "frames": 1, "colour": 2, "erase": 3}  # the random streams of a sample
 
 
 class Plan:
@@ -99,8 +99,6 @@ class LoadBatch:
       buckets: the scales that the plan's bucket indices mean.
       seed: of the random frames and augmentations; None: evaluation, nothing is random.
       views: evaluation only, test clips and test crops of every clip.
-      teacher: the scale that is loaded in place of all buckets, which then say what frames the
-        student has, see `distill`.
     """
 
     config: DataConfig
@@ -108,14 +106,14 @@ class LoadBatch:
     buckets: tuple[Bucket, ...]
     seed: int | None
     views: tuple[int, int] = (1, 1)
-    teacher: Bucket | None = None
 
     def __post_init__(self):
         self.config = resolve(self.config)
 
     def __call__(self, element) -> dict:
         step, which, ids, rows = element
-        bucket, n = self.teacher or self.buckets[which], len(ids)
+        bucket = self.buckets[which]
+        n = len(ids)
         video = np.empty((n, bucket.frames, bucket.height, bucket.width, 3), np.uint8)
         label = np.where(ids >= 0, self.clips.labels[ids], 0).astype(np.int32)
         mask = np.zeros(n, np.float32)
@@ -128,8 +126,7 @@ class LoadBatch:
             except decode.UnreadableVideo as error:
                 unreadable += [(error.path, error.reason)] * len(same)
         video[mask == 0] = 0
-        batch = {} if self.teacher is None else {"frames": self._draw_student(which, rows)}
-        return batch | {
+        return {
             "step": step,
             "bucket": which,
             "video": video,
@@ -177,12 +174,6 @@ class LoadBatch:
 
         size = bucket.height, bucket.width
         return augment.draw(self.config, *size, self.clips.flip, rngs)
-
-    def _draw_student(self, which, rows):
-        """Of every sample the teacher's frames that its student sees, int32 (len(rows), frames)."""
-        counts = self.teacher.frames, self.buckets[which].frames
-        rngs = (sample_rng(self.seed, int(row), _STREAMS["student"]) for row in rows)
-        return np.stack([sampling.thin(self.config.sampling, *counts, rng) for rng in rngs])
 
     def _choose(self, n, bucket, **which):
         config = self.config
@@ -280,9 +271,7 @@ def train_batches(
       An iterator of dicts, to be closed:
         step: int, counted from 0.
         bucket: int, index into `schedule.buckets`.
-        video: uint8 (b, frames, height, width, 3), RGB; b is this host's part of the batch. With
-          `schedule.teacher` all have that scale.
-        frames: with a teacher only, int32 (b, frames of the bucket): the student's frames of it.
+        video: uint8 (b, frames, height, width, 3), RGB; b is this host's part of the batch.
         label: int32 (b,).
         mask: float32 (b,), 0 where the clip was unreadable and the video is zeros.
         clip: int32 (b,), index into the list.
@@ -300,8 +289,7 @@ def train_batches(
         raise ValueError(f"start_step {start_step} is outside 0..{len(schedule.which)}")
     shard = shard_index, shard_count
     plan = Plan(len(clips), schedule.which, sizes, seed, *shard, config.repeats)
-    load = LoadBatch(config, clips, schedule.buckets, seed, teacher=schedule.teacher)
-    return _load(config, plan, load, start_step)
+    return _load(config, plan, LoadBatch(config, clips, schedule.buckets, seed), start_step)
 
 
 def eval_batches(

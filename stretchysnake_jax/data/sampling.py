@@ -181,30 +181,6 @@ def segment_view(n: int, frames: int, view: int, views: int) -> np.ndarray:
     return np.floor(view * step / views + step * np.arange(frames)).astype(np.int64)
 
 
-def thin(name: str, given: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
-    """Those of a clip's frames that are a clip of fewer, spread as the sampling itself would do it.
-
-    Args:
-      name: one of `config.SAMPLINGS`, by which the clip was drawn.
-      given: its frames.
-      wanted: frames to take, at most as many.
-      rng: draws, but for "uniform", the place that is taken in each of `wanted` equal parts, the
-        same in all; for "dense", whose frames have a fixed distance, that of `wanted` in a row.
-
-    Returns:
-      Sorted indices 0..given-1, int32 (wanted,); all of them if as many are wanted.
-    """
-    if wanted == given:
-        found = np.arange(given)
-    elif name == "uniform":
-        found = uniform(given, wanted)
-    elif name == "dense":
-        found = rng.integers(given - wanted, endpoint=True) + np.arange(wanted)
-    else:
-        found = np.floor((np.arange(wanted) + rng.random()) * (given / wanted))
-    return np.minimum(found, given - 1).astype(np.int32)
-
-
 def window(n: int, start: int, end: int) -> tuple[int, int]:
     """The part of a video that a trimmed clip takes; a sampling of `count` frames goes into it.
 
