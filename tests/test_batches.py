@@ -163,7 +163,9 @@ def test_resumes_at_any_step_under_another_number_of_hosts(unbroken, clips, star
     assert_same(list(union(parts)), unbroken[start:])
 
 
-@pytest.mark.parametrize("start, hosts, workers", [(3, 2, 1), (6, 1, 2)])
+@pytest.mark.parametrize(
+    "start, hosts, workers", [pytest.param(3, 2, 1, marks=pytest.mark.slow), (6, 1, 2)]
+)
 def test_resumes_under_other_hosts_and_workers(unbroken, clips, start, hosts, workers):
     config = budget()
     parts = [

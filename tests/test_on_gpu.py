@@ -29,15 +29,16 @@ TOLERANCES = {
 INTERPRETED = "interpreted"
 
 
-def cases(names, *values, smallest):
-    """Marks a test: every GPU implementation with all `values` on a GPU, `smallest` interpreted."""
+def cases(names, *values, smallest, marks=()):
+    """Marks a test: every GPU implementation with all `values` on a GPU, `smallest` interpreted,
+    the latter with `marks`."""
     values = [value if isinstance(value, tuple) else (value,) for value in values]
     smallest = smallest if isinstance(smallest, tuple) else (smallest,)
     return pytest.mark.parametrize(
         f"implementation, {names}",
         [
             *(pytest.param(i, *v, marks=pytest.mark.gpu) for v in values for i in GPU_KERNELS),
-            (INTERPRETED, *smallest),
+            pytest.param(INTERPRETED, *smallest, marks=marks),
         ],
     )
 
@@ -151,7 +152,13 @@ def test_outputs_and_all_gradients(implementation, length, direction, dtype, siz
     assert_same(got, exact(args, cotangents, direction), dtype)
 
 
-@cases("length, chunks, sizes", (1569, 7, {}), (300, 1, {}), smallest=(70, 2, SMALL))
+@cases(
+    "length, chunks, sizes",
+    (1569, 7, {}),
+    (300, 1, {}),
+    smallest=(70, 2, SMALL),
+    marks=pytest.mark.slow,  # test_pallas_scan.py has chunks side by side, too
+)
 def test_chunks(implementation, length, chunks, sizes):
     args, cotangents = draw(length, direction="both", **sizes)
     with running(implementation, chunks) as name:

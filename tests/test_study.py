@@ -17,7 +17,6 @@ import jax
 import numpy as np
 import pytest
 from stretchysnake_configs.study import stick, weizmann
-from stretchysnake_kernels import configure_cpu
 
 from stretchysnake_jax import (
     cli,
@@ -219,22 +218,17 @@ def test_an_interrupted_study_keeps_what_is_done(tmp_path, no_work, monkeypatch)
     assert Table(table.path).done() == {cells[0]: "x"}
 
 
-def work_on_notes(*given):
-    """`study.work` whose cell is done by saying what `configure_cpu` had to note."""
-    study_cell.do_cell = lambda *_: [*configure_cpu().notes, str(threading.active_count())]
-    study.work(*given)
+def test_a_cell_has_its_memory_set_up_before_any_thread_runs(tmp_path, monkeypatch):
+    before, seen = threading.active_count(), []
 
+    def run(job, log, mode, cores):  # it calls `configure_cpu`, then the job
+        seen.append(threading.active_count())
+        return 3
 
-def test_a_cell_has_its_memory_set_up_before_any_thread_runs(tmp_path):
-    cell, out = Cell("base", "base", "vanilla", 0), tmp_path / "out.json"
-    given = cell, Study(tmp_path), set(), tmp_path / "log", out
-    process = multiprocessing.get_context("spawn").Process(target=work_on_notes, args=given)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    *notes, threads = json.loads(out.read_text())
-    assert not any("threads" in note for note in notes)
-    assert int(threads) == 2  # one waits for the parent to leave
+    monkeypatch.setattr(study.worker, "run", run)
+    with pytest.raises(SystemExit) as ended:
+        study.work(Cell("base", "base", "vanilla", 0), Study(tmp_path), set(), "log", "out")
+    assert ended.value.code == 3 and seen == [before]
 
 
 def test_two_cells_never_train_the_same_run(tmp_path, no_work):

@@ -116,7 +116,9 @@ def test_killed_and_resumed_equals_unbroken(trained, tiny_config_file, tmp_path)
     assert same_params(tmp_path, trained)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_leaves(number, trained, tiny_config_file, tmp_path):
     process = start(tiny_config_file, tmp_path)
     wait_for_step(tmp_path, 2, process)

@@ -138,21 +138,19 @@ def launch_options(chunks, warps, unrolls):
 @pytest.mark.parametrize(
     ("length", "state", "channels", "reverse", "chunks", "warps", "unrolls", "target"),
     [
-        (69, 8, 64, (True,), 3, 1, (8, 2), "9.0"),
-        *[
-            pytest.param(*case, marks=slow)
-            for case in (
-                # The last chunk is shorter and ends with odd tokens; warps share programs, blocks
-                # differ.
-                (69, 8, 128, BOTH, 2, 2, (4, 4), "8.0"),
-                (200, 16, 40, BOTH, 2, 1, (8, 2), "9.0"),
-                (200, 16, 64, FORWARD, 99, 2, (8, 2), "8.0"),
-                (69, 16, 128, BOTH, 1, 4, (8, 1), "9.0"),
-                (37, 8, 96, FORWARD, 1, 4, (8, 2), "8.0"),  # no 4 warps in 96 channels: 1
-                (300, 32, 64, BOTH, 2, 2, (4, 1), "8.0"),
-                (69, 8, 64, BOTH, 2, 2, (4, 2), "7.5"),
-            )
-        ],
+        pytest.param(*case, marks=slow)
+        for case in (
+            (69, 8, 64, (True,), 3, 1, (8, 2), "9.0"),
+            # The last chunk is shorter and ends with odd tokens; warps share programs, blocks
+            # differ.
+            (69, 8, 128, BOTH, 2, 2, (4, 4), "8.0"),
+            (200, 16, 40, BOTH, 2, 1, (8, 2), "9.0"),
+            (200, 16, 64, FORWARD, 99, 2, (8, 2), "8.0"),
+            (69, 16, 128, BOTH, 1, 4, (8, 1), "9.0"),
+            (37, 8, 96, FORWARD, 1, 4, (8, 2), "8.0"),  # no 4 warps in 96 channels: 1
+            (300, 32, 64, BOTH, 2, 2, (4, 1), "8.0"),
+            (69, 8, 64, BOTH, 2, 2, (4, 2), "7.5"),
+        )
     ],
 )
 def test_other_launches_match_float64(
