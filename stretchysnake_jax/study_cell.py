@@ -167,7 +167,7 @@ def grid_rows(cell: Cell, study: Study, loaded: model.Model, data, clips, progre
     """
     tests, rows, plan = Tests(loaded.run), [], []
     some = clips if cell.kind == "fine" else quarter(clips)
-    for frames, size in study.grid:
+    for frames, size in study.places(cell):
         left, few, many = {}, [], []
         for name in tests.names:
             try:
@@ -213,13 +213,10 @@ def method_rows(cell: Cell, study: Study, loaded: model.Model, data, clips, prog
     """
     step, rows = ablate.make_step(loaded.run), []
     trained = {bucket for bucket, _ in training_buckets(loaded.run.stretch, loaded.config)}
-    places = study.grid
-    if not study.quick:
-        places = itertools.product(study_plan.METHOD_FRAMES, study_plan.METHOD_SIZES)
     groups = (("static_tokens", ("kernel", "temporal")), ("spatial", ("spatial",)))
     found = [
         (make_bucket(variant, frames, (size, size), loaded.config), weights)
-        for (frames, size), (variant, weights) in itertools.product(places, groups)
+        for (frames, size), (variant, weights) in itertools.product(study.places(cell), groups)
     ]
     found = [(bucket, weights) for bucket, weights in found if bucket.tokens() <= study_plan.MANY]
     counter = Counter(progress, len(found) * len(clips))
@@ -241,7 +238,7 @@ def retrieval_rows(
 ) -> list[dict]:
     """R@1 of test clips among training clips, for every pair of scales."""
     gallery = load_clips(data, "train", loaded.classes, say=progress.say)
-    scales = study.grid[:2] if study.quick else study_plan.RETRIEVAL
+    scales = study.places(cell)
     tests, rows = Tests(loaded.run, "features"), []
     counter = Counter(progress, len(scales) * (len(clips) + len(gallery)))
     features = {}

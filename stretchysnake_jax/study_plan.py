@@ -20,6 +20,8 @@ from stretchysnake_jax.whole_file import whole_file
 FRAMES, SIZES = (2, 3, 4, 6, 8, 16), (28, 35, 56, 84, 112, 126)
 # Where every method is tried on every weight: neither number is one that vanilla is trained with.
 METHOD_FRAMES, METHOD_SIZES = (3, 8, 16), (28, 84, 126)
+# Where the many folds of Weizmann are tested: trained, between and beyond, too.
+FINE_FRAMES, FINE_SIZES = (2, 4, 6, 16), (28, 56, 84, 126)
 METHODS = ("paper", "pi", "area", "bilinear", "nearest", "none")
 RETRIEVAL = ((2, 28), (4, 56), (6, 84), (8, 112))  # (frames, size) of gallery and of queries
 FOLDS = 9  # subjects of Weizmann
@@ -73,7 +75,6 @@ PARTS = {
                 "vanilla_large",
                 "spatial",
                 "static_tokens",
-                "stretchy_plus",
             )
         },
         10,
@@ -193,10 +194,17 @@ class Study:
         """The folder of Weizmann that a cell tests on without training, if that is what it does."""
         return {"zero": self.weizmann, "followed": str(self.followed)}.get(cell.kind)
 
-    @property
-    def grid(self) -> list[tuple[int, int]]:
-        """(frames, size) of every place of the grid."""
-        frames, sizes = ((2, 3), (28, 35)) if self.quick else (FRAMES, SIZES)
+    def places(self, cell: Cell) -> list[tuple[int, int]]:
+        """(frames, size) of every place at which a cell is tested."""
+        special = {
+            "fine": (FINE_FRAMES, FINE_SIZES),
+            "methods": (METHOD_FRAMES, METHOD_SIZES),
+        }
+        frames, sizes = special.get(cell.kind, (FRAMES, SIZES))
+        if self.quick:
+            frames, sizes = (2, 3), (28, 35)
+        elif cell.kind == "retrieval":
+            return list(RETRIEVAL)
         return [(t, s) for t in frames for s in sizes]
 
     def base_run(self, cell: Cell) -> tuple[Config, pathlib.Path]:
@@ -240,7 +248,7 @@ class Study:
         tested = {
             "methods": (METHODS, METHOD_FRAMES, METHOD_SIZES),
             "retrieval": (RETRIEVAL,),
-        }.get(cell.kind, (self.grid, MANY))
+        }.get(cell.kind, (self.places(cell), MANY))
         return digest(*(config for config, _ in self.chain(cell)), tested=(PROTOCOL, *tested))
 
     def is_current(self, cell: Cell, found: str) -> bool:
