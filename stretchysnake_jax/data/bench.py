@@ -126,9 +126,9 @@ def make_loads(config: Config | None, data: DataConfig) -> list[tuple[Bucket, in
     return list(dict.fromkeys(zip(schedule.loaded.buckets, sizes, strict=True)))
 
 
-def bench_loader(config: Config | None, data: DataConfig, clips, quick: bool, progress) -> list:
-    """A row per bucket: clips per second, milliseconds per stage, the bottleneck."""
-    loads, rows, clips = make_loads(config, data), [], lengthen(clips)
+def bench_loader(loads, data: DataConfig, clips, quick: bool, progress) -> list:
+    """A row of each of `make_loads`: clips per second, milliseconds per stage, the bottleneck."""
+    rows, clips = [], lengthen(clips)
     samples = min(16 if quick else 64, 4 * len(clips))
     for bucket, size in loads:
         progress.show(f"loader: {bucket}, {len(rows) + 1} of {len(loads)}", force=True)
@@ -396,10 +396,11 @@ def main(argv: list[str]) -> int:
         clips = ClipList(files, np.zeros(len(files), np.int32), ["0"])
     if not len(clips):
         raise ConfigError("none of the clips can be read: 'stretchysnake data check' says why")
-    loader = bench_loader(config, data, clips, options.quick, progress)
+    loads = make_loads(config, data)
+    loader = bench_loader(loads, data, clips, options.quick, progress)
     print(loader_text(loader, data))
     print(f"frames are shrunk by {_shrinker()}")
-    bound = pipeline.memory_bound(data, *zip(*make_loads(config, data), strict=True))
+    bound = pipeline.memory_bound(data, *zip(*loads, strict=True))
     print(f"\nMemory of the loader: {bound / _GIB:.2f} GiB at most for videos of 1920x1080:")
     print(inspect.getdoc(pipeline.memory_bound).split("\n\n")[1])
     found, lacking = find_readers()
