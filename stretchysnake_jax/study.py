@@ -137,6 +137,15 @@ class Pool:
         return lines[-1] if lines else "starting"
 
 
+def take_dependants(failed: Cell, pending: list[Cell], study: Study) -> list[Cell]:
+    """Takes the cells that need a training which a failed cell left undone out of the list."""
+    lost = {workdir for _, workdir in study.missing(failed)}
+    found = [c for c in pending if lost & {workdir for _, workdir in study.missing(c)}]
+    for cell in found:
+        pending.remove(cell)
+    return found
+
+
 def run_cells(cells: list[Cell], table: Table, study: Study, progress: Progress) -> list[Cell]:
     """Runs cells side by side and adds the rows of each that ends; returns those that failed."""
     slots = count_cores()
@@ -153,6 +162,9 @@ def run_cells(cells: list[Cell], table: Table, study: Study, progress: Progress)
                 if isinstance(rows, str):
                     failed.append(cell)
                     progress.say(f"failed: {cell.key}: {rows}")
+                    for other in take_dependants(cell, pending, study):
+                        failed.append(other)
+                        progress.say(f"not run: {other.key}: it takes the training of {cell.key}")
                     continue
                 table.add(rows)
                 took = f"{rows[0]['minutes']:.1f} of {cell.minutes:g} minutes"

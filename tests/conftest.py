@@ -1,5 +1,6 @@
 """Fixtures that several test files use."""
 
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -21,7 +22,10 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 import cv2
 import numpy as np
 import pytest
+from stretchysnake_configs.study import stick
 from stretchysnake_kernels import configure_cpu
+
+from stretchysnake_jax import study_plan
 
 # As the commands do, so that runs in this process and in processes of their own give the same bits.
 configure_cpu()
@@ -50,6 +54,14 @@ def write_grey_video(path, fourcc, n, width, height):
         writer.write(np.full((height, width, 3), level, np.uint8))
     writer.release()
     return path.read_bytes()
+
+
+def make_row(cell, top1=0.5, test="own", frames=2, size=28, **more):
+    """A row of the study's table, as a cell gives it, by hand."""
+    row = dataclasses.asdict(cell) | {"test": test, "frames": frames, "size": size, "top1": top1}
+    row |= {"where": study_plan.where(frames, size, stick.get_config("").stretch)}
+    row |= {"gflops": 0.1 * frames, "trained": 0, "clips": 10, "config": "x", "minutes": 1.0}
+    return dict.fromkeys(study_plan.COLUMNS) | row | {"fold": cell.fold or None} | more
 
 
 @pytest.fixture(scope="session")
