@@ -198,7 +198,10 @@ def find_left(cells: list[Cell], table: Table, study: Study, progress: Progress)
 
 
 def current_rows(table: Table, study: Study, progress: Progress) -> list[dict]:
-    """The rows that are reported; says which cells are outdated, or lack folds, and left out."""
+    """The rows that are reported, in the plan's order.
+
+    Says which cells are left out as they are outdated or lack folds.
+    """
     done, out = table.done(), {}
     for cell, digest in done.items():
         if not study.is_current(cell, digest):
@@ -209,7 +212,10 @@ def current_rows(table: Table, study: Study, progress: Progress) -> list[dict]:
                 out[cell] = f"{lacking} of {FOLDS} folds are lacking"
     for cell, why in out.items():
         progress.say(f"not reported: {cell.key}: {why}")
-    return [row for row in table.rows if cell_of(row) not in out]
+    planned = study_plan.make_cells(PARTS, sorted({cell.seed for cell in done}))
+    order = {cell: place for place, cell in enumerate(planned)}
+    rows = [row for row in table.rows if cell_of(row) not in out]
+    return sorted(rows, key=lambda row: order[cell_of(row)])
 
 
 def refuse_mixture(table: Table, study: Study) -> None:

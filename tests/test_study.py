@@ -319,7 +319,7 @@ def test_only_whole_and_current_cells_are_reported(tmp_path, capsys):
     folds = [Cell("weizmann", "base", "vanilla", seed, fold)
              for seed in (0, 1) for fold in range(1, 10) if (seed, fold) != (1, 9)]  # fmt: skip
     gone = Cell("no_part", "base", "vanilla", 0)
-    for cell in (base, *folds):
+    for cell in (*folds, base):
         table.add([make_row(cell, config=files.digest(cell))])
     for cell in (old, gone, Cell("kernels", "base", "static_tokens_pi", 1)):
         table.add([make_row(cell)])
