@@ -13,6 +13,8 @@ from stretchysnake_jax.whole_file import whole_file
 
 STYLES = {"own": "-", "kernel": "--", "resized": ":"}
 _PANELS = 4  # of a picture
+# Models that have the same colour in every picture, those of matplotlib's tab10 in its order.
+_KNOWN = ("vanilla", "static_tokens", "temporal", "stretchy_plus", "spatial")
 
 
 def draw(out: pathlib.Path, sheets: dict, retrieval: list[dict]) -> list[pathlib.Path]:
@@ -60,6 +62,14 @@ def mean_grid(line) -> list[dict]:
     ]
 
 
+def choose_colours(models) -> dict:
+    """A colour for each model, the same in every picture for those of `_KNOWN`; 25 at most."""
+    ten, twenty = (matplotlib.colormaps[name].colors for name in ("tab10", "tab20b"))
+    others = [model for model in dict.fromkeys(models) if model not in _KNOWN]
+    free = (*ten[len(_KNOWN) :], *twenty[::3], *twenty[1::3], *twenty[2::3])
+    return dict(zip(_KNOWN, ten, strict=False)) | dict(zip(others, free, strict=False))
+
+
 def curves(path, title: str, lines: list) -> None:
     """Draws what each line reaches within a budget of GFLOPs, mean over seeds.
 
@@ -72,7 +82,7 @@ def curves(path, title: str, lines: list) -> None:
     """
     figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
     axis = figure.subplots()
-    models = list(dict.fromkeys(line.model for line in lines))
+    colours = choose_colours(line.model for line in lines)
     most = max(cell["gflops"] for line in lines for cell in line.cells.values())
     for line in lines:
         points = sorted(
@@ -81,10 +91,12 @@ def curves(path, title: str, lines: list) -> None:
         )
         x, y = (np.array(part) for part in zip(*points, strict=True))
         y = np.maximum.accumulate(y)
-        colour = matplotlib.colormaps["tab20" if len(models) > 10 else "tab10"](
-            models.index(line.model)
-        )
-        style = {"color": colour, "ls": STYLES[line.test], "lw": 1.6, "label": line.title}
+        style = {
+            "color": colours[line.model],
+            "ls": STYLES[line.test],
+            "lw": 1.6,
+            "label": line.title,
+        }
         axis.step([*x, most], [*y, y[-1]], where="post", **style)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -67,16 +67,11 @@ _TABLES = tuple(
 )
 _PAIR = ("vanilla", "static_tokens")
 PARTS = {
-    "base": Part({"base": _BASE}, 10, "grid", "large, smooth figures: all variants, ViT"),
+    "base": Part(
+        {"base": (*_BASE, "vanilla_small")}, 10, "grid", "large, smooth figures: all variants, ViT"
+    ),
     "detail": Part(
-        {
-            "detail": (
-                "vanilla",
-                "vanilla_large",
-                "spatial",
-                "static_tokens",
-            )
-        },
+        {"detail": ("vanilla", "vanilla_large", "spatial", "static_tokens")},
         10,
         "grid",
         "sixteen small scenes in a picture",

@@ -16,7 +16,7 @@ from stretchysnake_jax.study_plan import NEED_WEIZMANN, PARTS
 from stretchysnake_jax.whole_file import whole_file
 
 # A model that was trained at one scale: with its controls, what flexible training has to beat.
-FIXED = ("vanilla", "vanilla_large", "vanilla_long")
+FIXED = ("vanilla", "vanilla_small", "vanilla_large", "vanilla_long")
 # Sheets of their own, and the models of base that stand in them.
 _BESIDE = {"kernels": ("static_tokens",), "tables": ("static_tokens", "spatial")}
 TESTS = {"own": "", "kernel": ", kernel PI-resized", "resized": ", video resized"}
@@ -121,11 +121,16 @@ def summarise(line: Line) -> dict[str, tuple[float, float]]:
 
 def make_budgets(lines: list[Line]) -> list[float]:
     """GFLOPs that are compared: what static_tokens takes at its largest size with each number of
-    frames, or the first line where it is lacking."""
-    own = [line for line in lines if (line.model, line.test) == ("static_tokens", "own")]
-    cells = (own or lines)[0].cells
-    frames = sorted({t for t, _ in cells})
-    return [max(c["gflops"] for (t, _), c in cells.items() if t == n) for n in frames]
+    frames, and below these what vanilla's fixed patch takes at its smallest size. Where
+    static_tokens is lacking the first line stands for it."""
+    cells = {line.model: line.cells for line in reversed(lines) if line.test == "own"}
+    known = cells.get("static_tokens", lines[0].cells)
+    frames = sorted({t for t, _ in known})
+    found = [max(c["gflops"] for (t, _), c in known.items() if t == n) for n in frames]
+    fixed = cells.get("vanilla", {})
+    smallest = min((size for _, size in fixed), default=None)
+    least = [c["gflops"] for (_, size), c in fixed.items() if size == smallest]
+    return sorted({cost for cost in least if cost < found[0] / 1.01}) + found
 
 
 def best_within(line: Line, budget: float) -> tuple[int, int] | None:

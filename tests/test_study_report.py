@@ -124,3 +124,12 @@ def test_references_have_the_same_blocks():
     shown = [r["minus"] for r in study_report.shown_differences(found)
              if r["line"] == "vit_static_tokens"]  # fmt: skip
     assert "vit_vanilla" in shown and shown[-1].startswith("the best control: vit_vanilla")
+
+
+def test_budgets_reach_down_to_what_few_tokens_cost():
+    costs = {("vanilla", 28): 0.05, ("vanilla", 56): 0.2,
+             ("static_tokens", 28): 0.2, ("static_tokens", 56): 0.21}  # fmt: skip
+    rows = [make_row(Cell("base", "base", model, 0), size=size, gflops=cost)
+            for (model, size), cost in costs.items()]  # fmt: skip
+    [lines] = study_report.make_lines(rows).values()
+    assert study_report.make_budgets(lines) == [0.05, 0.21]

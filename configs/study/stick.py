@@ -27,6 +27,8 @@ MODELS |= {
     "vanilla_large": MODELS["vanilla"] | {"model.size": (112, 112), "model.patch": (16, 16)},
     # ... and as many frames as the longest training clips of the flexible models.
     "vanilla_long": MODELS["vanilla"] | {"model.frames": 8},
+    # ... and for small budgets: the 9 tokens a frame that a fixed patch makes of 28 pixels.
+    "vanilla_small": MODELS["vanilla"] | {"model.size": (24, 24)},
     # As many clips in all as with 8 in every batch (within 3 %): 11 of 2 frames, 5 of 4, 2 of 8.
     "static_tokens_budget": {"data.tokens_per_batch": 1089},
     # Short clips first, which all flexible models have, learns little of timing in its 45 %.
